@@ -1,0 +1,9 @@
+//! A lightweight Dask worker: one daemon for each machine, tasks in Python subprocesses.
+//!
+//! Rooms, lowest first; each may use only what stands above it here. `tests/layering.rs` holds the code to this table.
+//!
+//! | level | room | holds | may use |
+//! |---|---|---|---|
+//! | 0 | `proto` | typed messages, keys, addresses, priorities | - |
+
+pub mod proto;
