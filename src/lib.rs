@@ -5,5 +5,7 @@
 //! | level | room | holds | may use |
 //! |---|---|---|---|
 //! | 0 | `proto` | typed messages, keys, addresses, priorities | - |
+//! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 
 pub mod proto;
+pub mod store;

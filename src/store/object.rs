@@ -1,0 +1,130 @@
+//! One stored result, as Dask serialized it: a header and its frames, on the heap or in shared memory.
+//!
+//! Values only: nothing here opens a payload.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::proto::{Payload, PayloadKind};
+
+/// Where a shared frame lies: a sealed memfd, so that another process can map it.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    fd: Arc<OwnedFd>,
+    offset: u64,
+}
+
+impl Segment {
+    /// A region that begins `offset` bytes into a sealed memfd.
+    pub fn new(fd: Arc<OwnedFd>, offset: u64) -> Self {
+        Segment { fd, offset }
+    }
+
+    /// The memfd; several frames may share one.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Bytes before this frame in the memfd.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Whether both lie in the same memfd.
+    pub fn same_fd(&self, other: &Segment) -> bool {
+        Arc::ptr_eq(&self.fd, &other.fd)
+    }
+}
+
+/// One frame of an object. Cloning is a reference count.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    bytes: Bytes,
+    segment: Option<Segment>,
+}
+
+impl Frame {
+    /// A frame on the daemon's heap.
+    pub fn heap(bytes: Bytes) -> Self {
+        Frame { bytes, segment: None }
+    }
+
+    /// A frame in shared memory; `bytes` is the daemon's read-only mapping of it.
+    pub fn shared(bytes: Bytes, segment: Segment) -> Self {
+        Frame { bytes, segment: Some(segment) }
+    }
+
+    /// The contents, without a copy.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// Where another process can map it, if it is shared.
+    pub fn segment(&self) -> Option<&Segment> {
+        self.segment.as_ref()
+    }
+}
+
+/// A stored result. Cloning costs a reference count.
+#[derive(Clone, Debug)]
+pub struct Object(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: PayloadKind,
+    header: Bytes,
+    frames: Vec<Frame>,
+    nbytes: u64,
+}
+
+impl Object {
+    /// An object of `nbytes` bytes by Dask's `sizeof`, which need not be what header and frames occupy.
+    pub fn new(kind: PayloadKind, header: Bytes, frames: Vec<Frame>, nbytes: u64) -> Self {
+        Object(Arc::new(Inner { kind, header, frames, nbytes }))
+    }
+
+    /// Marker it travels under.
+    pub fn kind(&self) -> PayloadKind {
+        self.0.kind
+    }
+
+    /// The msgpack sub-header.
+    pub fn header(&self) -> &Bytes {
+        &self.0.header
+    }
+
+    /// The frames the header speaks of.
+    pub fn frames(&self) -> &[Frame] {
+        &self.0.frames
+    }
+
+    /// Size by Dask's `sizeof`, in bytes: what the scheduler is told.
+    pub fn nbytes(&self) -> u64 {
+        self.0.nbytes
+    }
+
+    /// Bytes in shared memory.
+    pub fn shared_bytes(&self) -> u64 {
+        self.sum(|frame| frame.segment().is_some())
+    }
+
+    /// Bytes on the daemon's heap, header included.
+    pub fn heap_bytes(&self) -> u64 {
+        self.0.header.len() as u64 + self.sum(|frame| frame.segment().is_none())
+    }
+
+    fn sum(&self, of: impl Fn(&Frame) -> bool) -> u64 {
+        self.0.frames.iter().filter(|f| of(f)).map(|f| f.bytes.len() as u64).sum()
+    }
+
+    /// The object as it goes over the network.
+    pub fn to_payload(&self) -> Payload {
+        Payload {
+            kind: self.0.kind,
+            header: self.0.header.clone(),
+            frames: self.0.frames.iter().map(|f| f.bytes.clone()).collect(),
+        }
+    }
+}
