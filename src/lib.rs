@@ -5,7 +5,9 @@
 //! | level | room | holds | may use |
 //! |---|---|---|---|
 //! | 0 | `proto` | typed messages, keys, addresses, priorities | - |
+//! | 0 | `sys` | the only `unsafe`: memfd, mmap, pidfd, fd passing | - |
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 
 pub mod proto;
 pub mod store;
+pub mod sys;
