@@ -18,6 +18,20 @@ pub use object::{Frame, Object, Segment};
 /// Below it a message costs less than a descriptor and two mappings.
 pub const SHARED_FRAME_MIN: usize = 64 * 1024;
 
+/// Why an object could not be held.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No shared memory, or no descriptor for it.
+    #[error("could not place {bytes} bytes in shared memory")]
+    Share {
+        /// Asked for.
+        bytes: u64,
+        /// What the system said.
+        #[source]
+        source: crate::sys::Error,
+    },
+}
+
 /// What the store holds, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -112,11 +126,12 @@ impl Usage {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::proto::PayloadKind;
+    use crate::proto::{Payload, PayloadKind};
 
     fn object(nbytes: u64) -> Object {
         let frame = Frame::heap(Bytes::from(vec![0; nbytes as usize]));
@@ -139,6 +154,22 @@ mod tests {
 
         store.clear();
         assert_eq!(store.usage(), Usage::default());
+    }
+
+    #[test]
+    fn large_frames_are_shared_and_keep_their_place() {
+        let sizes = [3, SHARED_FRAME_MIN, 0, SHARED_FRAME_MIN + 1];
+        let frames: Vec<Bytes> =
+            sizes.iter().enumerate().map(|(i, n)| Bytes::from(vec![i as u8 + 1; *n])).collect();
+        let payload = Payload { kind: PayloadKind::Serialized, header: Bytes::new(), frames };
+        let object = Object::from_payload(payload.clone(), 7).unwrap();
+
+        assert_eq!(object.to_payload(), payload);
+        let shared: Vec<bool> = object.frames().iter().map(|f| f.segment().is_some()).collect();
+        assert_eq!(shared, [false, true, false, true]);
+        assert_eq!(object.shared_bytes(), 2 * SHARED_FRAME_MIN as u64 + 1);
+        assert_eq!(object.heap_bytes(), 3);
+        assert_eq!(object.frames()[3].segment().unwrap().offset(), SHARED_FRAME_MIN as u64);
     }
 
     #[test]

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::SHARED_FRAME_MIN;
 use crate::proto::{Payload, PayloadKind};
+use crate::sys::MemfdMut;
 
 /// Where a shared frame lies: a sealed memfd, so that another process can map it.
 #[derive(Clone, Debug)]
@@ -83,6 +85,39 @@ impl Object {
     /// An object of `nbytes` bytes by Dask's `sizeof`, which need not be what header and frames occupy.
     pub fn new(kind: PayloadKind, header: Bytes, frames: Vec<Frame>, nbytes: u64) -> Self {
         Object(Arc::new(Inner { kind, header, frames, nbytes }))
+    }
+
+    /// Takes what a peer or client sent. Frames of [`SHARED_FRAME_MIN`](super::SHARED_FRAME_MIN) bytes and more are
+    /// moved to one shared segment, so that every runner maps them instead of being sent a copy.
+    ///
+    /// # Errors
+    /// [`super::Error::Share`] when the system gives no shared memory or no descriptor for it.
+    pub fn from_payload(payload: Payload, nbytes: u64) -> Result<Self, super::Error> {
+        let Payload { kind, header, frames } = payload;
+        let total: usize = frames.iter().map(Bytes::len).filter(|n| *n >= SHARED_FRAME_MIN).sum();
+        let share = |source| super::Error::Share { bytes: total as u64, source };
+        if total == 0 {
+            return Ok(Object::new(kind, header, frames.into_iter().map(Frame::heap).collect(), nbytes));
+        }
+        let mut memory = MemfdMut::create("iqoqo-object", total as u64).map_err(share)?;
+        let mut end = 0;
+        for frame in frames.iter().filter(|f| f.len() >= SHARED_FRAME_MIN) {
+            memory.as_mut()[end..end + frame.len()].copy_from_slice(frame);
+            end += frame.len();
+        }
+        let memory = memory.seal().map_err(share)?;
+        let mapped = Bytes::from_owner(memory.map(0, total as u64).map_err(share)?);
+        let mut offset = 0;
+        let place = |frame: Bytes| {
+            if frame.len() < SHARED_FRAME_MIN {
+                return Frame::heap(frame);
+            }
+            let segment = Segment::new(memory.fd().clone(), offset as u64);
+            let bytes = mapped.slice(offset..offset + frame.len());
+            offset += frame.len();
+            Frame::shared(bytes, segment)
+        };
+        Ok(Object::new(kind, header, frames.into_iter().map(place).collect(), nbytes))
     }
 
     /// Marker it travels under.
