@@ -1,0 +1,47 @@
+//! What the daemon tells about itself: log records, metrics, the pulse of its driver, and the HTTP endpoints that show them.
+//!
+//! Other rooms only count and log; nothing here knows what a task, a message or a process is.
+
+pub mod http;
+pub mod log;
+mod metrics;
+mod pulse;
+pub mod record;
+
+use std::net::SocketAddr;
+
+pub use metrics::{ActivityLabel, CauseLabel, MemoryLabel, Metrics, StateLabel};
+pub use pulse::Pulse;
+
+/// Why telemetry could not start, or a setting of it makes no sense.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A log format string names something we have no value for.
+    #[error("log format {format:?}: {reason}")]
+    Format { format: String, reason: String },
+    /// A level that Python's `logging` does not have.
+    #[error("log level {level:?} is none of debug, info, warning, error, critical")]
+    Level { level: String },
+    /// Logs should go to the journal and it does not take them.
+    #[error("the systemd journal cannot be reached")]
+    Journal {
+        #[source]
+        source: std::io::Error,
+    },
+    /// Somebody has already installed a subscriber in this process.
+    #[error("logging was already started in this process")]
+    AlreadyStarted,
+    /// No address for the HTTP endpoints could be bound.
+    #[error("cannot serve HTTP at {address}")]
+    Bind {
+        address: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    /// The thread of the HTTP endpoints could not be started.
+    #[error("cannot start the HTTP thread")]
+    Thread {
+        #[source]
+        source: std::io::Error,
+    },
+}
