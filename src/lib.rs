@@ -7,9 +7,11 @@
 //! | 0 | `proto` | typed messages, keys, addresses, priorities | - |
 //! | 0 | `sys` | the only `unsafe`: memfd, mmap, pidfd, fd passing | - |
 //! | 0 | `telemetry` | log records, metrics, the driver's pulse, HTTP endpoints | - |
+//! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 
 pub mod proto;
 pub mod store;
 pub mod sys;
 pub mod telemetry;
+pub mod wire;
