@@ -1,0 +1,1 @@
+"""The demonstration behind `make demo`: a stock Dask scheduler, one worker, a real job, checked answers."""
