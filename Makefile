@@ -1,0 +1,58 @@
+# One tool for everything a clone can do; `make help` lists it. CI runs these targets too (.ci/run).
+# Needs Rust, Python 3.11 with pip and venv, a C compiler and make; everything else is installed into .venv/ and target/.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(CURDIR)/$(VENV)/bin
+BINARY := target/release/iqoqo-dask-worker
+# For `make test`: options for pytest, such as -k NAME; for `make demo`: options of its own.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test test-rust test-python lint format
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- what the other targets need -------------------------------------------------------------------------------------
+
+# The stamp is newer than the pinned list when every package of the list is installed.
+$(VENV)/.installed: requirements/test.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10: name another one with PYTHON=..."; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "installing python3-venv, which $(PYTHON) comes without"; apt-get install -y -q python3-venv; }
+	[ -x $(VENV)/bin/python ] || "$(PYTHON)" -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	@touch $@
+
+venv: $(VENV)/.installed
+
+build: ## build the release binary
+	cargo build --locked --release --bin iqoqo-dask-worker
+
+# --- the two commands of the README ----------------------------------------------------------------------------------
+
+demo: build $(VENV)/.installed ## run a real job on a stock scheduler and one worker of ours, and check the answers
+	@$(RUN)/python -m demo $(ARGS)
+
+test: test-rust test-python ## run all tests: units, the oracle, behaviour against a real scheduler
+
+test-rust: $(VENV)/.installed
+	PATH="$(RUN):$$PATH" cargo test --locked --release
+
+test-python: build $(VENV)/.installed
+	IQOQO_DASK_WORKER="$(CURDIR)/$(BINARY)" $(RUN)/python -m pytest $(ARGS)
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.installed ## check format and lints of Rust and Python
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+
+format: $(VENV)/.installed ## format Rust and Python
+	cargo fmt
+	$(RUN)/ruff format
