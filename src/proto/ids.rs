@@ -5,6 +5,7 @@
 use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -312,6 +313,17 @@ impl Address {
     /// The whole address.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+/// The `tcp` address of a socket.
+impl From<SocketAddr> for Address {
+    fn from(socket: SocketAddr) -> Self {
+        // a scope id, which `SocketAddr` would print, is no part of a comm address
+        Address(match socket.ip() {
+            IpAddr::V4(ip) => format!("tcp://{ip}:{}", socket.port()).into(),
+            IpAddr::V6(ip) => format!("tcp://[{ip}]:{}", socket.port()).into(),
+        })
     }
 }
 
