@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::repr::{self, is_alpha, is_space};
+
 /// A task key: what `dask.typing.Key` allows (str, bytes, int, float, or a tuple of keys).
 ///
 /// Two keys are equal exactly when Python says so: `1 == 1.0`, and both hash alike; `"a" != b"a"`.
@@ -53,7 +55,7 @@ fn split_name(s: &str) -> String {
     let mut words = s.split('-');
     let first = words.next().unwrap_or("");
     let Some(initial) = first.chars().next() else { return "Other".into() };
-    let mut result = if initial.is_alphabetic() {
+    let mut result = if is_alpha(initial) {
         first.to_owned()
     } else {
         let head = first.split(',').next().unwrap_or("");
@@ -62,7 +64,7 @@ fn split_name(s: &str) -> String {
     for word in words {
         // Dask looks only at the first letter of an eight letter word to call it hexadecimal
         let looks_hex = word.chars().count() == 8 && word.starts_with(|c| ('a'..='f').contains(&c));
-        if word.is_empty() || !word.chars().all(char::is_alphabetic) || looks_hex {
+        if word.is_empty() || !word.chars().all(is_alpha) || looks_hex {
             break;
         }
         result.push('-');
@@ -75,7 +77,7 @@ fn split_name(s: &str) -> String {
         None => "Other".into(),
         Some('<') => {
             let inner = result.trim_matches(|c| "<>".contains(c));
-            match inner.split_whitespace().next() {
+            match inner.split(is_space).find(|word| !word.is_empty()) {
                 Some(word) => word.rsplit('.').next().unwrap_or("").to_owned(),
                 None => "Other".into(),
             }
@@ -88,6 +90,15 @@ fn split_name(s: &str) -> String {
 fn integral(f: f64) -> Option<i128> {
     // 2^127 is the first float past i128::MAX
     (f.fract() == 0.0 && f.abs() < 1.7e38).then_some(f as i128)
+}
+
+/// Compares exactly: a float in between two integers, or beyond all of them, keeps its place. NaN is at either end.
+fn cmp_int_float(a: i128, b: f64) -> Ordering {
+    if b.is_nan() {
+        return if b.is_sign_positive() { Ordering::Less } else { Ordering::Greater };
+    }
+    // a cast saturates, beyond the integers of any key
+    a.cmp(&(b.floor() as i128)).then(if b.fract() == 0.0 { Ordering::Equal } else { Ordering::Less })
 }
 
 impl PartialEq for Key {
@@ -169,13 +180,7 @@ impl Ord for Key {
                     a.total_cmp(b)
                 }
             }
-            (Key::Int(a), Key::Float(b)) => {
-                if self == other {
-                    Ordering::Equal
-                } else {
-                    (*a as f64).total_cmp(b).then(Ordering::Less)
-                }
-            }
+            (Key::Int(a), Key::Float(b)) => cmp_int_float(*a, *b),
             (Key::Float(_), Key::Int(_)) => other.cmp(self).reverse(),
             (Key::Tuple(a), Key::Tuple(b)) => a.cmp(b),
             _ => rank(self).cmp(&rank(other)),
@@ -209,35 +214,10 @@ impl fmt::Display for Key {
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Key::Str(s) => {
-                let quote = if s.contains('\'') && !s.contains('"') { '"' } else { '\'' };
-                write!(f, "{quote}")?;
-                for c in s.chars() {
-                    match c {
-                        c if c == quote => write!(f, "\\{c}")?,
-                        '\\' => f.write_str("\\\\")?,
-                        '\n' => f.write_str("\\n")?,
-                        '\r' => f.write_str("\\r")?,
-                        '\t' => f.write_str("\\t")?,
-                        c if (c as u32) < 0x20 || c as u32 == 0x7f => write!(f, "\\x{:02x}", c as u32)?,
-                        c => write!(f, "{c}")?,
-                    }
-                }
-                write!(f, "{quote}")
-            }
-            Key::Bytes(b) => {
-                f.write_str("b'")?;
-                for &c in b.iter() {
-                    match c {
-                        b'\'' | b'\\' => write!(f, "\\{}", c as char)?,
-                        0x20..0x7f => write!(f, "{}", c as char)?,
-                        _ => write!(f, "\\x{c:02x}")?,
-                    }
-                }
-                f.write_str("'")
-            }
+            Key::Str(s) => repr::text(s, f),
+            Key::Bytes(b) => repr::bytes(b, f),
             Key::Int(i) => write!(f, "{i}"),
-            Key::Float(x) => write!(f, "{x:?}"),
+            Key::Float(x) => repr::float(*x, f),
             Key::Tuple(t) => {
                 f.write_str("(")?;
                 for (i, k) in t.iter().enumerate() {
@@ -419,5 +399,112 @@ impl Status {
             "closed" => Status::Closed,
             _ => return None,
         })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_and_floats_have_one_order() {
+        let big = 1i128 << 53;
+        let sorted = [
+            Key::Float(-f64::NAN),
+            Key::Float(f64::NEG_INFINITY),
+            Key::Int(i64::MIN.into()),
+            Key::Float(-0.5),
+            Key::Int(0),
+            Key::Float(0.5),
+            Key::Float(big as f64),
+            Key::Int(big + 1),
+            Key::Float(big as f64 + 2.0),
+            Key::Int(u64::MAX.into()),
+            Key::Float(1e300),
+            Key::Float(f64::INFINITY),
+            Key::Float(f64::NAN),
+            Key::from(""),
+        ];
+        for (i, a) in sorted.iter().enumerate() {
+            for (j, b) in sorted.iter().enumerate() {
+                assert_eq!(a.cmp(b), i.cmp(&j), "{a:?} {b:?}");
+                assert_eq!(a == b, i == j, "{a:?} {b:?}");
+            }
+        }
+        assert_eq!(Key::Int(big).cmp(&Key::Float(big as f64)), Ordering::Equal);
+        assert_eq!(Key::Float(0.0).cmp(&Key::Float(-0.0)), Ordering::Equal);
+    }
+
+    #[test]
+    fn addresses_are_normalised() {
+        for (text, normal, host, port) in [
+            ("tcp://127.0.0.1:8786", "tcp://127.0.0.1:8786", "127.0.0.1", 8786),
+            ("scheduler:1", "tcp://scheduler:1", "scheduler", 1),
+            (" tls://[::1]:65535/ ", "tls://[::1]:65535", "::1", 65535),
+            ("[fe80::1%eth0]:08786", "tcp://[fe80::1%eth0]:8786", "fe80::1%eth0", 8786),
+        ] {
+            let address = Address::parse(text).unwrap();
+            assert_eq!(address.as_str(), normal);
+            assert_eq!((address.host(), address.port()), (host, port));
+            assert_eq!(address.scheme(), &normal[..3]);
+            assert_eq!(format!("{}://{}", address.scheme(), address.host_port()), normal);
+            assert_eq!(Address::parse(address.as_str()).unwrap(), address);
+        }
+    }
+
+    #[test]
+    fn malformed_addresses_are_refused() {
+        for text in [
+            "",
+            ":",
+            "tcp://",
+            "tcp://:1",
+            "host",
+            "host:",
+            "host:x",
+            "host:65536",
+            "host:-1",
+            "::1:80",
+            "[::1:80",
+        ] {
+            assert!(matches!(Address::parse(text), Err(AddressError::Form { .. })), "{text:?}");
+        }
+        for text in ["ucx://host:1", "inproc://1.2.3.4/5/6", "://host:1", "tcp://tcp://host:1x"] {
+            assert!(Address::parse(text).is_err(), "{text:?}");
+        }
+        let error = Address::parse("http://host:1").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "unsupported scheme \"http\" in address \"http://host:1\": use tcp://host:port"
+        );
+    }
+
+    #[test]
+    fn priorities_compare_as_tuples_do() {
+        let of = |p: &[f64]| Priority(p.into());
+        let sorted =
+            [of(&[]), of(&[-1.0, 9.0]), of(&[0.0]), of(&[0.0, 1.0]), of(&[0.0, 1.0, -3.0]), of(&[0.0, 2.0])];
+        for (i, a) in sorted.iter().enumerate() {
+            for (j, b) in sorted.iter().enumerate() {
+                assert_eq!(a.cmp(b), i.cmp(&j), "{a:?} {b:?}");
+            }
+        }
+        assert_eq!(of(&[0.0]), of(&[-0.0]));
+    }
+
+    #[test]
+    fn statuses_have_names() {
+        for status in [
+            Status::Init,
+            Status::Running,
+            Status::Paused,
+            Status::ClosingGracefully,
+            Status::Closing,
+            Status::Closed,
+        ] {
+            assert_eq!(Status::from_name(status.as_str()), Some(status));
+        }
+        assert_eq!(Status::from_name("dont_reply"), None);
     }
 }

@@ -201,3 +201,141 @@ impl Fields<'_> {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::proto::PayloadKind;
+
+    fn payload() -> Payload {
+        Payload { kind: PayloadKind::Pickled, header: "h".into(), frames: Vec::new() }
+    }
+
+    fn compute_task() -> Value {
+        Value::map([
+            ("op", "compute-task".into()),
+            ("key", Value::List(vec!["x".into(), Value::Int(1)])),
+            ("run_id", Value::Int(7)),
+            ("priority", Value::List(vec![Value::Int(0), Value::Int(-1), Value::Float(2.5)])),
+            ("stimulus_id", "s-1".into()),
+            ("who_has", Value::Map(vec![("d".into(), Value::List(vec!["tcp://h:1".into()]))])),
+            ("nbytes", Value::Map(vec![("d".into(), Value::Int(-1))])),
+            ("run_spec", payload().into()),
+            ("resource_restrictions", Value::Nil),
+            ("actor", false.into()),
+            ("annotations", Value::map([("executor", "x".into())])),
+            ("span_id", "span".into()),
+        ])
+    }
+
+    fn set(mut message: Value, field: &str, value: Option<Value>) -> Value {
+        if let Value::Map(items) = &mut message {
+            items.retain(|(k, _)| k.as_str() != Some(field));
+            items.extend(value.map(|v| (Value::from(field), v)));
+        }
+        message
+    }
+
+    #[test]
+    fn a_task_is_understood() {
+        let Stimulus { stimulus_id, message } = Stimulus::parse(compute_task()).unwrap();
+        assert_eq!(&*stimulus_id, "s-1");
+        let StreamMessage::ComputeTask(task) = message else { panic!() };
+        assert_eq!(task.key, Key::Tuple([Key::from("x"), Key::Int(1)].into()));
+        assert_eq!(task.run_id, RunId(7));
+        assert_eq!(task.priority, Priority([0.0, -1.0, 2.5].as_slice().into()));
+        assert_eq!(task.who_has, [("d".into(), vec![Address::parse("tcp://h:1").unwrap()])]);
+        assert_eq!(task.nbytes, [("d".into(), 0)]);
+        assert_eq!(task.run_spec.as_deref(), Some(&payload()));
+        assert!(task.resource_restrictions.is_empty() && !task.actor);
+        assert_eq!(task.annotations.field("executor").and_then(Value::as_str), Some("x"));
+        assert_eq!(task.span_id.as_deref(), Some("span"));
+    }
+
+    #[test]
+    fn a_malformed_field_is_named() {
+        let bad = [
+            ("key", Value::Nil),
+            ("key", Value::List(vec![Value::Map(vec![])])),
+            ("run_id", "1".into()),
+            ("run_id", Value::Int(1 << 64)),
+            ("priority", Value::Int(1)),
+            ("priority", Value::List(vec!["high".into()])),
+            ("who_has", Value::List(vec![])),
+            ("who_has", Value::Map(vec![("d".into(), Value::List(vec!["nowhere".into()]))])),
+            ("nbytes", Value::Map(vec![("d".into(), "many".into())])),
+            ("run_spec", Value::Int(1)),
+            ("resource_restrictions", Value::Map(vec![(Value::Int(1), Value::Int(1))])),
+        ];
+        for (field, value) in bad {
+            let error = Stimulus::parse(set(compute_task(), field, Some(value.clone()))).unwrap_err();
+            assert_eq!(error, MessageError::Field { op: "compute-task".into(), field }, "{value:?}");
+        }
+        for field in ["key", "run_id", "priority", "who_has", "nbytes", "resource_restrictions"] {
+            let error = Stimulus::parse(set(compute_task(), field, None)).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("field {field:?} of \"compute-task\" is missing or malformed")
+            );
+        }
+    }
+
+    #[test]
+    fn what_a_task_may_lack_has_a_default() {
+        let mut message = compute_task();
+        for field in ["run_spec", "actor", "annotations", "span_id", "stimulus_id"] {
+            message = set(message, field, None);
+        }
+        let Stimulus { stimulus_id, message } = Stimulus::parse(message).unwrap();
+        let StreamMessage::ComputeTask(task) = message else { panic!() };
+        assert_eq!(&*stimulus_id, "compute-task");
+        assert!(task.run_spec.is_none() && task.span_id.is_none() && !task.actor);
+        assert_eq!(*task.annotations, Value::Map(vec![]));
+    }
+
+    #[test]
+    fn every_other_op_is_understood_or_kept() {
+        let keys = Value::Set(vec!["a".into(), "b".into()]);
+        let who_has = Value::Map(vec![("a".into(), Value::List(vec![]))]);
+        let nbytes = Value::Map(vec![("a".into(), Value::Int(5))]);
+        let message = |op: &str, fields: &[(&str, &Value)]| {
+            let fields = fields.iter().map(|(k, v)| (*k, (*v).clone()));
+            Stimulus::parse(Value::map(fields.chain([("op", Value::from(op))])))
+                .map(|s| format!("{:?}", s.message))
+        };
+        let key = Value::from("a");
+        for (op, fields, expected) in [
+            ("cancel-compute", vec![("key", &key)], "CancelCompute { key: 'a' }"),
+            ("free-keys", vec![("keys", &keys)], "FreeKeys { keys: ['a', 'b'] }"),
+            ("remove-replicas", vec![("keys", &keys)], "RemoveReplicas { keys: ['a', 'b'] }"),
+            (
+                "acquire-replicas",
+                vec![("who_has", &who_has), ("nbytes", &nbytes)],
+                "AcquireReplicas { who_has: [('a', [])], nbytes: [('a', 5)] }",
+            ),
+            ("steal-request", vec![("key", &key)], "StealRequest { key: 'a' }"),
+            ("refresh-who-has", vec![("who_has", &who_has)], "RefreshWhoHas { who_has: [('a', [])] }"),
+            ("worker-status-change", vec![("status", &"paused".into())], "StatusChange { status: Paused }"),
+            (
+                "remove-worker",
+                vec![("worker", &"tcp://h:1".into())],
+                "RemoveWorker { worker: \"tcp://h:1\" }",
+            ),
+            ("close", vec![], "Close { reason: \"scheduler-close\" }"),
+            ("close", vec![("reason", &"r".into())], "Close { reason: \"r\" }"),
+        ] {
+            assert_eq!(message(op, &fields).unwrap(), expected);
+            if let Some((field, _)) = fields.iter().find(|_| op != "close") {
+                let error = message(op, &[(field, &Value::Bool(true))]);
+                assert!(op.ends_with("request") || op == "cancel-compute" || error.is_err(), "{op}");
+            }
+        }
+        let other = Stimulus::parse(Value::map([("op", "plugin-op".into()), ("x", Value::Int(1))])).unwrap();
+        let StreamMessage::Unknown { op, message } = other.message else { panic!() };
+        assert_eq!((&*op, message.field("x")), ("plugin-op", Some(&Value::Int(1))));
+        for value in [Value::Nil, Value::map([]), Value::map([("op", Value::Int(1))]), Value::from("op")] {
+            assert_eq!(Stimulus::parse(value).unwrap_err(), MessageError::NoOp);
+        }
+    }
+}

@@ -4,6 +4,7 @@
 
 mod ids;
 mod message;
+mod repr;
 mod value;
 
 pub use ids::{Address, AddressError, Key, Priority, RunId, Status};
