@@ -8,13 +8,11 @@
 //! | 0 | `sys` | the only `unsafe`: memfd, mmap, pidfd, fd passing | - |
 //! | 0 | `telemetry` | log records, metrics, the driver's pulse, HTTP endpoints | - |
 //! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
-//! | 1 | `state` | the worker state machine; no IO, no clock | proto |
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
 
 pub mod net;
 pub mod proto;
-pub mod state;
 pub mod store;
 pub mod sys;
 pub mod telemetry;
