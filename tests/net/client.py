@@ -1,4 +1,4 @@
-"""Stock ``distributed`` as the client of our listener, which echoes each message. Prints ``ok`` at the end."""
+"""Stock ``distributed`` as the client of our listener, an echo of each message. Prints ``ok`` at the end."""
 
 from __future__ import annotations
 
