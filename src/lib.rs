@@ -7,12 +7,14 @@
 //! | 0 | `proto` | typed messages, keys, addresses, priorities | - |
 //! | 0 | `sys` | the only `unsafe`: memfd, mmap, pidfd, fd passing | - |
 //! | 0 | `telemetry` | log records, metrics, the driver's pulse, HTTP endpoints | - |
-//! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
+//! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
+//! | 3 | `scheduler` | registration, stream, heartbeats, versions, system monitor | proto, net, telemetry |
 
 pub mod net;
 pub mod proto;
+pub mod scheduler;
 pub mod store;
 pub mod sys;
 pub mod telemetry;
