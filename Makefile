@@ -5,12 +5,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 BINARY := target/release/iqoqo-dask-worker
-# For `make test`: options for pytest, such as -k NAME; for `make demo`: options of its own.
+# For `make test`: options for pytest, such as -k NAME; for `make demo` and `make bench`: options of theirs.
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-rust test-python lint format
+.PHONY: help build demo test test-rust test-python test-versions lint format bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test: test-rust test-python ## run all tests: units, the oracle, behaviour again
 test-rust: $(VENV)/.installed
 	PATH="$(RUN):$$PATH" cargo test --locked --release
 
+test-versions: build ## run a part of the behaviour tests on the oldest Dask and on newer Pythons
+	@tests/versions
+
 test-python: build $(VENV)/.installed
 	IQOQO_DASK_WORKER="$(CURDIR)/$(BINARY)" $(RUN)/python -m pytest $(ARGS)
 
@@ -56,3 +59,7 @@ lint: $(VENV)/.installed ## check format and lints of Rust and Python
 format: $(VENV)/.installed ## format Rust and Python
 	cargo fmt
 	$(RUN)/ruff format
+
+bench: build $(VENV)/.installed ## measure stock, ours and a worker that does nothing side by side
+	cargo build --locked --release --example do_nothing_worker
+	@$(RUN)/python -m benches.side_by_side $(ARGS)

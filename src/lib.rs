@@ -7,6 +7,7 @@
 //! | 0 | `proto` | typed messages, keys, addresses, priorities | - |
 //! | 0 | `sys` | the only `unsafe`: memfd, mmap, pidfd, fd passing | - |
 //! | 0 | `telemetry` | log records, metrics, the driver's pulse, HTTP endpoints | - |
+//! | 1 | `state` | the worker state machine; no IO, no clock | proto |
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 //! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
@@ -15,6 +16,7 @@
 pub mod net;
 pub mod proto;
 pub mod scheduler;
+pub mod state;
 pub mod store;
 pub mod sys;
 pub mod telemetry;
