@@ -1,0 +1,222 @@
+"""Fixtures of the behaviour tests: the kinds of cluster a test runs on, their order, what is cleaned up after.
+
+Every test runs on stock ``dask worker`` first. A test that fails there is a wrong test, and says so for the
+other kinds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import harness
+import pytest
+from distributed import Client
+from harness import ALL, KINDS, Cluster, HarnessError, Launcher, Process
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "kinds(*names): the kinds of cluster this test makes sense on (default: all)"
+    )
+    unknown = set(selected(config)) - set(ALL)
+    if unknown:
+        raise pytest.UsageError(f"--kinds: no such kind: {', '.join(sorted(unknown))}")
+
+
+def selected(config: pytest.Config) -> list[str]:
+    return [k.strip() for k in config.getoption("--kinds").split(",") if k.strip()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kind" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("kinds")
+        wanted = marker.args if marker else ALL
+        chosen = selected(metafunc.config)
+        metafunc.parametrize("kind", [k for k in wanted if k in chosen], scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # All of stock first, then kind by kind, so that one cluster at a time is up.
+    def rank(item: pytest.Item) -> int:
+        spec = getattr(item, "callspec", None)
+        return ALL.index(spec.params["kind"]) if spec and "kind" in spec.params else -1
+
+    items.sort(key=rank)
+
+
+# -- what fails on stock is a wrong test
+
+STOCK_FAILURES: set[str] = set()
+
+
+def base_id(item: pytest.Item) -> str:
+    """The test without its kind."""
+    kind = item.callspec.params["kind"]  # type: ignore[attr-defined]
+    name = item.nodeid.rpartition("::")[2]
+    parts = name.partition("[")[2].rstrip("]").split("-")
+    parts.remove(kind)
+    return f"{item.nodeid.partition('[')[0]}[{'-'.join(parts)}]"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    spec = getattr(item, "callspec", None)
+    if report.failed and spec and "kind" in spec.params:
+        if spec.params["kind"] == "stock":
+            STOCK_FAILURES.add(base_id(item))
+        elif base_id(item) in STOCK_FAILURES:
+            report.sections.append(("NOTE", "this test failed on stock dask worker too: the test is wrong"))
+    if report.failed:
+        for process, offset in item.stash.get(LOGS, []):
+            new = process.text[offset:]
+            report.sections.append(
+                (f"output of {process.name} (pid {process.pid}, {process.argv[0]})", new[-8000:])
+            )
+    return report
+
+
+LOGS: pytest.StashKey[list[tuple[Process, int]]] = pytest.StashKey()
+
+
+# -- clusters
+
+
+class Shared:
+    """The one shared cluster that is up; replaced when another kind is wanted or a test has spoilt it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.current: Cluster | None = None
+        self.started = 0
+
+    def get(self, kind: str) -> Cluster:
+        if self.current is None or self.current.kind != kind:
+            self.drop()
+            self.started += 1
+            self.current = Cluster(kind, self.directory / f"{kind}-{self.started}")
+        return self.current
+
+    def drop(self) -> None:
+        cluster, self.current = self.current, None
+        if cluster is not None:
+            cluster.close()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    shared = Shared(tmp_path_factory.mktemp("shared"))
+    try:
+        yield shared
+    finally:
+        shared.drop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """At the end of the run, no process that any test started is alive, wherever it moved."""
+    yield
+    left = harness.marked()
+    left.remove(os.getpid()) if os.getpid() in left else None
+    told = [f"{pid}: {harness.describe(pid)}" for pid in left]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not told, "processes left behind:\n" + "\n".join(told)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_main(request: pytest.FixtureRequest) -> None:
+    """Make a test module's functions and classes pickle by value, as those of a user's notebook do."""
+
+    def move(namespace: dict[str, Any]) -> None:
+        for thing in list(namespace.values()):
+            if getattr(thing, "__module__", None) == request.module.__name__:
+                if isinstance(thing, type):
+                    move(vars(thing))
+                with contextlib.suppress(AttributeError):
+                    thing.__module__ = "__main__"
+
+    move(vars(request.module))
+
+
+@pytest.fixture(autouse=True)
+def plain_config() -> Iterator[None]:
+    """P2P shuffles are not part of this suite; collections exchange data by tasks."""
+    with dask.config.set({"dataframe.shuffle.method": "tasks", "array.rechunk.method": "tasks"}):
+        yield
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, kind: str, shared: Shared) -> Iterator[Cluster]:
+    """The shared cluster of this kind, settled before and after the test."""
+    cluster = shared.get(kind)
+    request.node.stash[LOGS] = [(p, len(p.text)) for p in cluster.launcher.processes]
+    try:
+        yield cluster
+    finally:
+        wrong = cluster.settle()
+        if wrong:
+            shared.drop()
+    assert not wrong, f"the test left the cluster in a bad state: {wrong}"
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    """A stock client of the shared cluster."""
+    with Client(cluster.address, timeout=harness.START_TIMEOUT) as client:
+        yield client
+
+
+@pytest.fixture
+def launch(request: pytest.FixtureRequest, kind: str, tmp_path: Path, shared: Shared) -> Iterator[Launcher]:
+    """For tests that need schedulers or workers of their own: all that was started is killed at the end."""
+    if any(flavour == harness.OURS for _, flavour in KINDS[kind]):
+        harness.binary()
+    launcher = Launcher(kind, tmp_path)
+    request.node.stash[LOGS] = Offsets(launcher)
+    try:
+        yield launcher
+    finally:
+        launcher.close()
+
+
+class Offsets:
+    """All output of all processes of a launcher, also of those started later."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+
+    def __iter__(self) -> Iterator[tuple[Process, int]]:
+        return iter([(p, 0) for p in self.launcher.processes])
+
+
+@pytest.fixture
+def as_stock(request: pytest.FixtureRequest, kind: str) -> Any:
+    """``as_stock(value)``: note the value on stock, and assert that every other kind shows the same.
+
+    For what is too long, or too much of one version of Dask, to write down: field names, tracebacks.
+    """
+    cache: Any = request.config.cache
+    calls = 0
+
+    def check(value: object) -> None:
+        nonlocal calls
+        calls += 1
+        key = f"compat/{base_id(request.node).replace('::', '/').replace('.', '_')}/{calls}"
+        text = repr(value)
+        if kind == "stock":
+            cache.set(key, text)
+            return
+        stock = cache.get(key, None)
+        if stock is None:
+            raise HarnessError("nothing noted from stock: run the test with --kinds stock first")
+        assert text == stock
+
+    return check

@@ -1,0 +1,357 @@
+"""The futures interface: submit, map, wait, as_completed, and the options that say where and when."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import threading
+import time
+
+import pytest
+from distributed import (
+    Client,
+    Event,
+    Lock,
+    Semaphore,
+    as_completed,
+    fire_and_forget,
+    get_client,
+    get_worker,
+    wait,
+)
+from distributed import worker_client as worker_client_of
+from harness import PAIR, eventually
+
+
+def inc(x):
+    return x + 1
+
+
+def processing(client, address):
+    return client.run_on_scheduler(
+        lambda dask_scheduler: [str(t.key) for t in dask_scheduler.workers[address].processing]
+    )
+
+
+def where(*args):
+    return get_worker().address
+
+
+def test_submit_with_dependencies(client):
+    x = client.submit(inc, 1)
+    y = client.submit(inc, x)
+    z = client.submit(operator.add, x, y)
+    nested = client.submit(lambda d, k: (d, k), {"xs": [x, (y, z)]}, k=[{"z": z}])
+    assert nested.result() == ({"xs": [2, (3, 5)]}, [{"z": 5}])
+    assert [f.status for f in (x, y, z)] == ["finished"] * 3
+
+
+def test_map_of_several_iterables_with_kwargs(client):
+    futures = client.map(lambda a, b, c=0: (a, b, c), range(10), range(10, 20), c=client.submit(inc, 4))
+    assert client.gather(futures) == [(i, i + 10, 5) for i in range(10)]
+
+
+def test_map_with_explicit_keys(client):
+    futures = client.map(inc, [1, 2, 3], key=["one", "two", "three"])
+    assert [f.key for f in futures] == ["one", "two", "three"]
+    assert client.gather(futures) == [2, 3, 4]
+
+
+def test_map_in_batches(client):
+    assert client.gather(client.map(inc, range(60), batch_size=20)) == list(range(1, 61))
+
+
+def test_many_small_tasks(client):
+    futures = client.map(inc, range(1500))
+    assert sum(client.gather(futures)) == sum(range(1, 1501))
+
+
+def test_pure_tasks_run_once_impure_ones_each_time(client):
+    def unique():
+        return object.__new__(object).__repr__(), time.perf_counter_ns()
+
+    a, b = client.submit(unique, pure=True), client.submit(unique, pure=True)
+    assert a.key == b.key
+    assert a.result() == b.result()
+    c, d = client.submit(unique, pure=False), client.submit(unique, pure=False)
+    assert c.key != d.key
+    assert c.result() != d.result()
+
+
+def test_as_completed_in_order_of_completion(client):
+    events = [Event(f"step-{i}") for i in range(3)]
+
+    def step(i):
+        Event(f"step-{i}").wait()
+        return i
+
+    futures = [
+        client.submit(step, i, pure=False, workers=list(client.scheduler_info()["workers"])[:1])
+        for i in (0, 1)
+    ]
+    # Two threads, two tasks: both wait at once, and end in the order in which they are let go.
+    got = []
+    completed = as_completed(futures, with_results=True)
+    events[1].set()
+    got.append(next(completed)[1])
+    events[0].set()
+    got.append(next(completed)[1])
+    assert got == [1, 0]
+
+
+def test_as_completed_adding_futures(client):
+    completed = as_completed([client.submit(inc, 0)])
+    seen = []
+    for future in completed:
+        value = future.result()
+        seen.append(value)
+        if value < 5:
+            completed.add(client.submit(inc, value))
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_wait_all_first_completed_and_timeout(client):
+    gate = Event("gate")
+    blocked = client.submit(lambda: Event("gate").wait(), pure=False)
+    done = client.submit(inc, 1)
+    first = wait([blocked, done], return_when="FIRST_COMPLETED")
+    assert first.done == {done} and first.not_done == {blocked}
+    with pytest.raises(TimeoutError):
+        wait(blocked, timeout=0.05)
+    with pytest.raises(TimeoutError):
+        blocked.result(timeout=0.05)
+    gate.set()
+    assert wait([blocked, done]).not_done == set()
+
+
+def test_callback_and_async_result(client):
+    called = threading.Event()
+    future = client.submit(inc, 1)
+    future.add_done_callback(lambda f: called.set())
+    assert called.wait(10)
+
+
+def test_future_as_argument_and_released(client):
+    x = client.submit(list, range(5))
+    y = client.submit(sum, x)
+    del x
+    assert y.result() == 10
+
+
+def test_retries(client):
+    # State outside the worker process: which process runs the task is the worker's business.
+    def flaky(n):
+        from distributed import Variable
+
+        tries = Variable("tries").get() + 1
+        Variable("tries").set(tries)
+        if tries < n:
+            raise ValueError(f"try {tries}")
+        return tries
+
+    from distributed import Variable
+
+    Variable("tries").set(0)
+    assert client.submit(flaky, 3, retries=5, pure=False).result() == 3
+    Variable("tries").set(0)
+    with pytest.raises(ValueError, match="^try 2$"):
+        client.submit(flaky, 10, retries=1, pure=False).result()
+    Variable("tries").delete()
+
+
+def filled(client, address, name):
+    """Fill the worker's threads with tasks that wait for the event ``name``."""
+
+    def hold(i):
+        Event(f"{name}-{i}").set()
+        Event(name).wait()
+
+    fill = [client.submit(hold, i, pure=False, workers=[address]) for i in range(2)]
+    for i in range(2):
+        assert Event(f"{name}-{i}").wait(20)
+    return fill
+
+
+def test_priorities(client, cluster):
+    """Held back behind tasks that fill the worker's threads, the others run by priority."""
+    fill = filled(client, cluster.a, "hold-priorities")
+    order = [3, -5, 10, 0, 7]
+    futures = [
+        client.submit(lambda n: (time.time(), n), n, workers=[cluster.a], priority=n, resources={"BAR": 1})
+        for n in order
+    ]
+    eventually(lambda: len(processing(client, cluster.a)) == 7)
+    Event("hold-priorities").set()
+    assert [n for _, n in sorted(client.gather(futures))] == sorted(order, reverse=True)
+    client.gather(fill)
+
+
+def test_fifo_within_one_priority(client, cluster):
+    fill = filled(client, cluster.a, "hold-fifo")
+    futures = [
+        client.submit(
+            lambda i: (time.time(), i), i, workers=[cluster.a], resources={"BAR": 1}, fifo_timeout="0 ms"
+        )
+        for i in range(6)
+    ]
+    eventually(lambda: len(processing(client, cluster.a)) == 8)
+    Event("hold-fifo").set()
+    assert [i for _, i in sorted(client.gather(futures))] == list(range(6))
+    client.gather(fill)
+
+
+def test_resources_limit_how_many_run_at_once(client, cluster):
+    def busy():
+        with worker_lock:
+            pass
+        start = time.time()
+        time.sleep(0.03)
+        return start, time.time()
+
+    worker_lock = Lock("none")
+    futures = [client.submit(busy, resources={"BAR": 1}, pure=False, workers=[cluster.a]) for _ in range(4)]
+    spans = sorted(client.gather(futures))
+    assert all(earlier[1] <= later[0] for earlier, later in zip(spans, spans[1:], strict=False))
+
+
+def test_resources_that_nobody_has_wait(client):
+    future = client.submit(inc, 1, resources={"GPU": 1})
+    other = client.submit(inc, 2)
+    assert other.result() == 3
+    state = client.run_on_scheduler(
+        lambda dask_scheduler: {str(k): t.state for k, t in dask_scheduler.tasks.items()}
+    )
+    assert state[future.key] == "no-worker"
+
+
+def test_resources_are_told_to_the_scheduler(client, cluster):
+    for worker in client.scheduler_info(n_workers=-1)["workers"].values():
+        assert worker["resources"] == {"FOO": 2.0, "BAR": 1.0}
+
+
+@pytest.mark.kinds(*PAIR)
+def test_worker_restrictions(client, cluster):
+    a = client.map(where, range(6), workers=[cluster.a], pure=False)
+    b = client.map(where, range(6), workers="b", pure=False)
+    assert set(client.gather(a)) == {cluster.a}
+    assert set(client.gather(b)) == {cluster.b}
+
+
+def test_worker_restriction_to_nobody(client, cluster):
+    stuck = client.submit(inc, 1, workers=["127.0.0.1:9"])
+    free = client.submit(where, workers=["127.0.0.1:9"], allow_other_workers=True)
+    assert free.result() in {w.address for w in cluster.workers}
+    assert stuck.status == "pending"
+
+
+def test_coroutine_tasks_run_side_by_side(client, cluster):
+    """More coroutines than threads, each waiting for a word from the last one."""
+
+    async def meet(i, n):
+        # Coroutines share the worker's event loop and do not take a thread each... but a slot they do take.
+        await asyncio.sleep(0.01)
+        return i
+
+    assert client.gather(client.map(meet, range(10), n=10)) == list(range(10))
+
+
+def test_coroutine_task_with_dependencies_and_errors(client):
+    async def double(x):
+        await asyncio.sleep(0)
+        return 2 * x
+
+    async def fail(x):
+        await asyncio.sleep(0)
+        raise LookupError("not", "there", x)
+
+    x = client.submit(double, client.submit(inc, 1))
+    assert client.submit(double, x).result() == 8
+    with pytest.raises(LookupError) as e:
+        client.submit(fail, x).result()
+    assert e.value.args == ("not", "there", 4)
+
+
+def test_fire_and_forget(client):
+    done = Event("forgotten")
+
+    def work():
+        Event("forgotten").set()
+
+    fire_and_forget(client.submit(work, pure=False))
+    assert done.wait(10)
+
+
+def test_tasks_that_submit_tasks(client):
+    def fib(n):
+        if n < 2:
+            return n
+        with worker_client_of() as inner:
+            a, b = inner.submit(fib, n - 1), inner.submit(fib, n - 2)
+            return sum(inner.gather([a, b]))
+
+    assert client.submit(fib, 4).result() == 3
+
+
+def test_secede_and_rejoin(client, cluster):
+    """More seceded tasks than threads run at once: the last lets the others go."""
+    from distributed import rejoin, secede
+
+    def guest(i, n):
+        secede()
+        with worker_client_of(separate_thread=False):
+            pass
+        Event(f"guest-{i}").set()
+        for j in range(n):
+            if not Event(f"guest-{j}").wait(10):
+                return "alone"
+        rejoin()
+        return i
+
+    futures = [client.submit(guest, i, 4, workers=[cluster.a], pure=False) for i in range(4)]
+    assert client.gather(futures) == [0, 1, 2, 3]
+
+
+def test_get_client_in_a_task(client):
+    def outer(x):
+        return get_client().submit(operator.neg, x).result()
+
+    assert client.submit(outer, 5).result() == -5
+
+
+def test_semaphore_and_lock_from_tasks(client):
+    semaphore = Semaphore(max_leases=1, name="one-at-a-time")
+
+    def work(semaphore):
+        with semaphore:
+            start = time.time()
+            time.sleep(0.01)
+            return start, time.time()
+
+    spans = sorted(client.gather([client.submit(work, semaphore, pure=False) for _ in range(4)]))
+    assert all(earlier[1] <= later[0] for earlier, later in zip(spans, spans[1:], strict=False))
+    semaphore.close()
+
+
+def test_sequences_of_keys_with_annotations(client, cluster):
+    import dask
+
+    with dask.annotate(workers=[cluster.a], priority=5, resources={"FOO": 1}):
+        parts = [dask.delayed(where)(i) for i in range(3)]
+    assert set(dask.compute(*parts)) == {cluster.a}
+
+
+def test_concurrent_futures_executor(client):
+    with client.get_executor(pure=False) as executor:
+        assert list(executor.map(inc, range(10))) == list(range(1, 11))
+        assert executor.submit(inc, 1).result(10) == 2
+
+
+def test_two_clients_share_a_result(client, cluster):
+    future = client.submit(inc, 10, key="shared-key")
+    client.publish_dataset(kept=future)
+    with Client(cluster.address, set_as_default=False) as other:
+        same = other.get_dataset("kept")
+        assert same.key == "shared-key"
+        assert same.result() == 11
+        assert other.submit(inc, same).result() == 12
+    client.unpublish_dataset("kept")
