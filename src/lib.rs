@@ -10,14 +10,22 @@
 //! | 1 | `state` | the worker state machine; no IO, no clock | proto |
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 //! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
+//! | 1 | `scratch` | work directories on disk: locks, clean-up | - |
+//! | 1 | `systemd` | sd_notify, watchdog | sys |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
 //! | 3 | `scheduler` | registration, stream, heartbeats, versions, system monitor | proto, net, telemetry |
+//! | 5 | `config` | options, files, environment, interpreter, machine; resolved settings | everything above |
+//! | 6 | `cli`, `main` | command line, exit codes, boot order | everything above |
 
+pub mod cli;
+pub mod config;
 pub mod net;
 pub mod proto;
 pub mod scheduler;
+pub mod scratch;
 pub mod state;
 pub mod store;
 pub mod sys;
+pub mod systemd;
 pub mod telemetry;
 pub mod wire;

@@ -3,6 +3,7 @@
 //! Thin and typed, one system call a function; policy (who may map what, who is killed when) belongs to the callers.
 #![allow(unsafe_code)]
 
+mod kernel;
 mod memfd;
 mod process;
 mod socket;
@@ -10,6 +11,7 @@ mod words;
 
 use std::io;
 
+pub use kernel::landlock_abi;
 pub use memfd::{Mapping, Memfd, MemfdMut};
 pub use process::{
     PidFd, close_descriptors_except, die_with_parent, exec, forbid_core_dumps, keep_descriptor_on_exec,

@@ -1,0 +1,288 @@
+//! From what the sources say to [`Settings`]: defaults, checks of single values and of their combinations.
+//!
+//! Follows `distributed/cli/dask_worker.py` and the constructors of `Worker` and `Nanny`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::wire::Compression;
+
+use super::Error;
+use super::addresses;
+use super::env::Environment;
+use super::interpreter::Interpreter;
+use super::machine::Machine;
+use super::parse::{Unit, nprocesses_nthreads, parse_memory_limit, python_int};
+use super::settings::*;
+use super::sources::{
+    Sources, boolean, bytes, count, duration, integer, resources, text, texts, threshold, variables,
+};
+use super::value::Value;
+
+/// Environment of a task before anything is configured (`distributed.nanny.pre-spawn-environ`).
+const PRE_SPAWN: &[(&str, &str)] = &[
+    ("MALLOC_TRIM_THRESHOLD_", "65536"),
+    ("OMP_NUM_THREADS", "1"),
+    ("MKL_NUM_THREADS", "1"),
+    ("OPENBLAS_NUM_THREADS", "1"),
+];
+/// Hashes must agree between hosts; the number is Dask's own (`distributed/nanny.py`).
+const HASH_SEED: &str = "6640";
+
+/// Resolves everything; `remarks` collects what an operator should know and no value is wrong about.
+///
+/// # Errors
+/// The first value or combination that is wrong, or not supported.
+pub fn resolve(
+    sources: &Sources,
+    env: &Environment,
+    machine: Machine,
+    python: Interpreter,
+    remarks: &mut Vec<String>,
+) -> Result<Settings, Error> {
+    sources.refuse_unsupported()?;
+    refuse_modes(sources)?;
+    let nanny = sources.read("nanny", boolean)?.unwrap_or(true);
+    let addresses = addresses::read(sources)?;
+    let workers = workers(sources, machine, nanny, &addresses, remarks)?;
+    Ok(Settings {
+        scheduler: addresses::scheduler(sources)?,
+        workers,
+        bind: addresses.bind,
+        contact_address: addresses.contact,
+        nanny,
+        resources: sources.read("resources", resources)?.unwrap_or_default(),
+        death_timeout: sources.read("death-timeout", duration(Unit::Seconds))?.filter(|d| !d.is_zero()),
+        lifetime: lifetime(sources)?,
+        dashboard: addresses::dashboard(sources)?,
+        pid_file: sources.read("pid-file", text)?.map(PathBuf::from),
+        scratch: scratch(sources, env)?,
+        use_file_locking: sources.read("worker.use-file-locking", boolean)?.unwrap_or(true),
+        runner: Runner { python, environ: environ(sources, env)?, threads_per_runner: 1 },
+        memory: memory(sources)?,
+        transfer: transfer(sources)?,
+        comm: comm(sources)?,
+        tuning: tuning(sources)?,
+        monitor: monitor(sources)?,
+    })
+}
+
+/// Refuses what our own options will mean later.
+fn refuse_modes(sources: &Sources) -> Result<(), Error> {
+    const SANDBOX: &str = "not yet: sandbox levels standard and strict come with the sandbox; until then use off, \
+                           and run only tasks you trust";
+    const ISOLATION: &str =
+        "not yet: a fresh process for each task comes with the sandbox; until then use slot";
+    const THREADS: &str = "not yet: more than one thread for each runner comes later; until then use 1, and \
+                           --nthreads for the number of tasks at once";
+    let choice = |name, allowed: &'static [&'static str], why| {
+        let Some(found) = sources.find(name) else { return Ok(()) };
+        let chosen = text(&found.node.value).map_err(|reason| found.wrong(reason))?;
+        match allowed.iter().position(|known| *known == chosen) {
+            Some(0) => Ok(()),
+            Some(_) => Err(Error::Refused { place: found.place(), why }),
+            None => Err(found.wrong(format!("expected one of {}", allowed.join(", ")))),
+        }
+    };
+    choice("sandbox", &["off", "standard", "strict"], SANDBOX)?;
+    choice("isolation", &["slot", "task"], ISOLATION)?;
+    let Some(found) = sources.find("threads-per-runner") else { return Ok(()) };
+    match count(1)(&found.node.value).map_err(|reason| found.wrong(reason))? {
+        1 => Ok(()),
+        _ => Err(Error::Refused { place: found.place(), why: THREADS }),
+    }
+}
+
+fn workers(
+    sources: &Sources,
+    machine: Machine,
+    nanny: bool,
+    addresses: &addresses::Listen,
+    remarks: &mut Vec<String>,
+) -> Result<Vec<Worker>, Error> {
+    let mut nthreads = sources.read("nthreads", count(0))?.unwrap_or(0);
+    let n = match sources.find("nworkers") {
+        None => 1,
+        Some(found) if found.node.value == Value::Str("auto".into()) => {
+            let (n, threads) = nprocesses_nthreads(machine.cores);
+            if nthreads != 0 && nthreads != threads {
+                remarks.push(format!("--nworkers auto sets --nthreads to {threads}, whatever was asked for"));
+            }
+            nthreads = threads;
+            n
+        }
+        Some(found) => {
+            let n = integer(&found.node.value).map_err(|reason| found.wrong(format!("{reason}, or auto")))?;
+            let n = if n < 0 { n.saturating_add_unsigned(machine.cores as u64 + 1) } else { n };
+            let n = usize::try_from(n).ok().filter(|n| *n > 0);
+            n.ok_or_else(|| found.wrong("must specify --nworkers so that there's at least one worker"))?
+        }
+    };
+    let usage = |message: &str| Err(Error::Combination { message: message.to_owned() });
+    if n > 1 && !nanny {
+        return usage("you cannot use the --no-nanny argument when --nworkers is more than 1");
+    }
+    if n > 1 && addresses.listening {
+        return usage("you cannot specify --listen-address when --nworkers is more than 1");
+    }
+    // as in Dask, more workers than cores get all the cores each
+    let nthreads = match nthreads {
+        0 => Some(machine.cores / n).filter(|share| *share > 0).unwrap_or(machine.cores),
+        given => given,
+    };
+    let memory_limit = memory_limit(sources, nthreads, machine, remarks)?;
+    let ports = addresses.apportion(n, nanny)?;
+    let name = sources.read("name", text)?.map(|text| match python_int(&text) {
+        Some(i) => Name::Int(i),
+        None => Name::Text(text),
+    });
+    let worker = |(i, (worker_ports, nanny_ports))| {
+        let name = match &name {
+            Some(Name::Int(number)) if n > 1 => Some(Name::Text(format!("{number}-{i}"))),
+            Some(Name::Text(text)) if n > 1 && !text.is_empty() => Some(Name::Text(format!("{text}-{i}"))),
+            alone => alone.clone(),
+        };
+        Worker { name, nthreads, memory_limit, worker_ports, nanny_ports }
+    };
+    Ok(ports.into_iter().enumerate().map(worker).collect())
+}
+
+fn memory_limit(
+    sources: &Sources,
+    nthreads: usize,
+    machine: Machine,
+    remarks: &mut Vec<String>,
+) -> Result<Option<u64>, Error> {
+    let parse = |value: &Value| parse_memory_limit(&text(value)?, nthreads, machine.cores, machine.memory);
+    let found = sources.read("memory-limit", parse)?;
+    let limit = match found {
+        Some(limit) => limit,
+        None => parse(&Value::Str("auto".into())).map_err(|reason| Error::Combination { message: reason })?,
+    };
+    if limit.capped {
+        remarks
+            .push(format!("the memory limit is above what this system has: {} bytes it is", machine.memory));
+    }
+    Ok(limit.bytes)
+}
+
+fn lifetime(sources: &Sources) -> Result<Option<Lifetime>, Error> {
+    let seconds = || duration(Unit::Seconds);
+    let stagger = sources.read("lifetime-stagger", seconds())?.unwrap_or_default();
+    let restart = sources.read("lifetime-restart", boolean)?.unwrap_or(false);
+    let whole = sources.read("lifetime", seconds())?.filter(|d| !d.is_zero());
+    Ok(whole.map(|duration| Lifetime { duration, stagger, restart }))
+}
+
+/// `local_directory`, ending in `dask-scratch-space` as `distributed/core.py: Server` makes it.
+fn scratch(sources: &Sources, env: &Environment) -> Result<PathBuf, Error> {
+    const NAME: &str = "dask-scratch-space";
+    let given = sources.read("local-directory", text)?.map(PathBuf::from);
+    // the folders Python's `tempfile.gettempdir` tries first
+    let mut named = ["TMPDIR", "TEMP", "TMP"].into_iter().filter_map(|name| env.get(name)).map(PathBuf::from);
+    let folder = given.or_else(|| named.find(|folder| folder.is_dir())).unwrap_or("/tmp".into());
+    let folder = if folder.to_string_lossy().contains(NAME) { folder } else { folder.join(NAME) };
+    Ok(std::path::absolute(&folder).unwrap_or(folder))
+}
+
+/// `distributed/nanny.py: _get_env_variables`: the configured ones, but for those the daemon itself was given.
+fn environ(sources: &Sources, env: &Environment) -> Result<Vec<(String, String)>, Error> {
+    let mut pre_spawn: Vec<(String, Option<String>)> =
+        PRE_SPAWN.iter().map(|(name, value)| ((*name).to_owned(), Some((*value).to_owned()))).collect();
+    let mut late = Vec::new();
+    for (name, table) in [("nanny-pre-spawn-environ", &mut pre_spawn), ("nanny-environ", &mut late)] {
+        for (variable, value) in sources.read(name, variables)?.unwrap_or_default() {
+            table.retain(|(known, _)| *known != variable);
+            table.push((variable, value));
+        }
+    }
+    let mut result: Vec<(String, String)> = Vec::new();
+    let mut set = |name: String, value: String| {
+        result.retain(|(known, _)| *known != name);
+        result.push((name, value));
+    };
+    let given = |name: &str, value: String| env.get(name).map_or(value, str::to_owned);
+    let mut seed = None;
+    for (name, value) in pre_spawn {
+        let Some(value) = value.map(|value| given(&name, value)) else { continue };
+        if name == "PYTHONHASHSEED" {
+            seed = Some(value);
+        } else {
+            set(name, value);
+        }
+    }
+    set("PYTHONHASHSEED".into(), seed.filter(|seed| seed != "0").unwrap_or(HASH_SEED.into()));
+    for (name, value) in late {
+        if let Some(value) = value.map(|value| given(&name, value)) {
+            set(name, value);
+        }
+    }
+    Ok(result)
+}
+
+fn memory(sources: &Sources) -> Result<Memory, Error> {
+    let fraction = |name, default| sources.read(name, threshold).map(|read| read.unwrap_or(Some(default)));
+    let limit = |value: &Value| match value {
+        Value::Bool(false) => Ok(None),
+        other => bytes(other).map(Some),
+    };
+    let interval = sources.read("memory.monitor-interval", duration(Unit::Required))?;
+    Ok(Memory {
+        transfer: fraction("memory.transfer", 0.10)?,
+        target: fraction("memory.target", 0.60)?,
+        spill: fraction("memory.spill", 0.70)?,
+        pause: fraction("memory.pause", 0.80)?,
+        terminate: fraction("memory.terminate", 0.95)?,
+        max_spill: sources.read("memory.max-spill", limit)?.flatten(),
+        monitor_interval: interval.unwrap_or(Duration::from_millis(100)),
+    })
+}
+
+fn transfer(sources: &Sources) -> Result<Transfer, Error> {
+    Ok(Transfer {
+        incoming_connections: sources.read("transfer.incoming-connections", count(1))?.unwrap_or(10),
+        outgoing_connections: sources.read("transfer.outgoing-connections", count(1))?.unwrap_or(50),
+        message_bytes_limit: sources.read("transfer.message-bytes-limit", bytes)?.unwrap_or(50_000_000),
+        bandwidth: sources.read("transfer.bandwidth", bytes)?.unwrap_or(100_000_000),
+    })
+}
+
+fn comm(sources: &Sources) -> Result<Comm, Error> {
+    let seconds = |name, default| {
+        let read = sources.read(name, duration(Unit::Seconds));
+        read.map(|read| read.unwrap_or(Duration::from_secs(default)))
+    };
+    let small = |value: &Value| u32::try_from(count(0)(value)?).map_err(|_| "too large a number".to_owned());
+    let compression = |value: &Value| match value {
+        Value::Bool(false) => Ok(Compression::None),
+        other => Compression::from_name(&text(other)?)
+            .ok_or_else(|| "expected false, auto, lz4, snappy, zlib or zstd".to_owned()),
+    };
+    Ok(Comm {
+        compression: sources.read("comm.compression", compression)?.unwrap_or_default(),
+        connect_timeout: seconds("comm.connect-timeout", 30)?,
+        tcp_timeout: seconds("comm.tcp-timeout", 30)?,
+        socket_backlog: sources.read("comm.socket-backlog", small)?.unwrap_or(2048),
+        retry_count: sources.read("comm.retry-count", small)?.unwrap_or(0),
+        retry_delay: (seconds("comm.retry-delay-min", 1)?, seconds("comm.retry-delay-max", 20)?),
+    })
+}
+
+fn tuning(sources: &Sources) -> Result<Tuning, Error> {
+    Ok(Tuning {
+        blocked_handlers: sources.read("worker.blocked-handlers", texts)?.unwrap_or_default(),
+        default_data_size: sources.read("worker.default-data-size", bytes)?.unwrap_or(1024),
+        story_length: sources.read("worker.story-length", count(0))?.unwrap_or(1000),
+        validate: sources.read("worker.validate", boolean)?.unwrap_or(false),
+    })
+}
+
+fn monitor(sources: &Sources) -> Result<Monitor, Error> {
+    let interval = sources.read("monitor.interval", duration(Unit::Seconds))?;
+    Ok(Monitor {
+        interval: interval.unwrap_or(Duration::from_millis(500)),
+        log_length: sources.read("monitor.log-length", count(1))?.unwrap_or(7200),
+        disk: sources.read("monitor.disk", boolean)?.unwrap_or(true),
+        host_cpu: sources.read("monitor.host-cpu", boolean)?.unwrap_or(false),
+    })
+}

@@ -1,0 +1,204 @@
+//! What the configuration comes to: every setting resolved, typed and checked, for all workers of this daemon.
+//!
+//! No source is read here and nothing is bound; a bad value names the place it comes from.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::proto::Address;
+use crate::telemetry;
+use crate::wire::Compression;
+
+use super::interpreter::Interpreter;
+
+/// Everything the daemon needs to know before it starts.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The scheduler to join.
+    pub scheduler: Scheduler,
+    /// The workers of this daemon; more than one with `--nworkers`.
+    pub workers: Vec<Worker>,
+    /// Address a listener takes.
+    pub bind: Bind,
+    /// Address told to the scheduler and peers, where it is not the one listened on.
+    pub contact_address: Option<Address>,
+    /// Whether each worker has a nanny's address too.
+    pub nanny: bool,
+    /// Abstract resources of each worker.
+    pub resources: Vec<(String, f64)>,
+    /// How long to look for a scheduler, at start and after a loss; `None` for ever.
+    pub death_timeout: Option<Duration>,
+    /// When to leave by itself.
+    pub lifetime: Option<Lifetime>,
+    /// The HTTP endpoints; `None` with `--no-dashboard`.
+    pub dashboard: Option<telemetry::http::Config>,
+    /// File to write the daemon's process number to.
+    pub pid_file: Option<PathBuf>,
+    /// Folder of the work directories, `dask-scratch-space` included.
+    pub scratch: PathBuf,
+    /// Whether work directories are locked, and stale ones purged.
+    pub use_file_locking: bool,
+    /// Where tasks run.
+    pub runner: Runner,
+    /// Memory thresholds.
+    pub memory: Memory,
+    /// Limits of transfers between workers.
+    pub transfer: Transfer,
+    /// Connections.
+    pub comm: Comm,
+    /// The state machine and the handlers around it.
+    pub tuning: Tuning,
+    /// System metrics.
+    pub monitor: Monitor,
+}
+
+/// Where the scheduler is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scheduler {
+    /// At this address.
+    Address(Address),
+    /// At the address in this file, which `dask scheduler --scheduler-file` writes; it may not be there yet.
+    File(PathBuf),
+}
+
+/// A worker's name; Dask makes an integer of what looks like one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// An integer
+    Int(i64),
+    /// Text
+    Text(String),
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Name::Int(number) => write!(f, "{number}"),
+            Name::Text(text) => f.write_str(text),
+        }
+    }
+}
+
+/// One worker of the daemon.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worker {
+    /// Its name; its address where there is none.
+    pub name: Option<Name>,
+    /// Tasks at once.
+    pub nthreads: usize,
+    /// Bytes it may use; `None` without memory management.
+    pub memory_limit: Option<u64>,
+    /// Ports to try in this order; 0 is any free one.
+    pub worker_ports: Vec<u16>,
+    /// Ports for its nanny's address, as above.
+    pub nanny_ports: Vec<u16>,
+}
+
+/// Which of the machine's addresses to listen on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Bind {
+    /// As a stock worker: the worker on all, the nanny on the one that reaches the scheduler, both tell that one.
+    Auto,
+    /// All of them (`--listen-address tcp://:9000`).
+    All,
+    /// This host name or address, without brackets.
+    Host(String),
+}
+
+/// When a worker leaves by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lifetime {
+    /// Time after which it closes gracefully.
+    pub duration: Duration,
+    /// Shift of that time, at random in both directions.
+    pub stagger: Duration,
+    /// Whether a new worker takes its place.
+    pub restart: bool,
+}
+
+/// Where tasks run.
+#[derive(Clone, Debug)]
+pub struct Runner {
+    /// Their interpreter.
+    pub python: Interpreter,
+    /// Environment variables on top of the daemon's own, as a stock nanny sets them.
+    pub environ: Vec<(String, String)>,
+    /// Tasks at once in one runner.
+    pub threads_per_runner: usize,
+}
+
+/// Memory thresholds as fractions of the limit; `None` turns one off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Memory {
+    /// Incoming transfers are throttled above it.
+    pub transfer: Option<f64>,
+    /// Results spill above it.
+    pub target: Option<f64>,
+    /// Results spill while the processes use more than this.
+    pub spill: Option<f64>,
+    /// No new tasks are started above it.
+    pub pause: Option<f64>,
+    /// The offending runner is killed above it.
+    pub terminate: Option<f64>,
+    /// Bytes that may be spilled; `None` without a limit.
+    pub max_spill: Option<u64>,
+    /// Time between two checks.
+    pub monitor_interval: Duration,
+}
+
+/// Limits of transfers between workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transfer {
+    /// Peers served at once.
+    pub incoming_connections: usize,
+    /// Peers fetched from at once.
+    pub outgoing_connections: usize,
+    /// Bytes asked of a peer in one request.
+    pub message_bytes_limit: u64,
+    /// Bytes a second, assumed before any was measured.
+    pub bandwidth: u64,
+}
+
+/// Connections.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Comm {
+    /// Compression to offer.
+    pub compression: Compression,
+    /// Time for a connection to come about.
+    pub connect_timeout: Duration,
+    /// Time after which an unresponsive connection is dead.
+    pub tcp_timeout: Duration,
+    /// Connections that wait to be accepted.
+    pub socket_backlog: u32,
+    /// Further attempts of an operation that failed.
+    pub retry_count: u32,
+    /// Least and greatest time between attempts.
+    pub retry_delay: (Duration, Duration),
+}
+
+/// The state machine and the handlers around it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Operations that are refused.
+    pub blocked_handlers: Vec<String>,
+    /// Bytes assumed for a result whose size nobody knows.
+    pub default_data_size: u64,
+    /// Entries kept of what happened to tasks.
+    pub story_length: usize,
+    /// Whether invariants are checked at each step.
+    pub validate: bool,
+}
+
+/// System metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Monitor {
+    /// Time between two samples.
+    pub interval: Duration,
+    /// Samples kept.
+    pub log_length: usize,
+    /// Whether disk traffic of the host is measured.
+    pub disk: bool,
+    /// Whether CPU use of the host is measured in detail.
+    pub host_cpu: bool,
+}
