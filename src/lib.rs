@@ -14,12 +14,14 @@
 //! | 1 | `systemd` | sd_notify, watchdog | sys |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
 //! | 3 | `scheduler` | registration, stream, heartbeats, versions, system monitor | proto, net, telemetry |
+//! | 3 | `peer` | data server, fetching, worker and nanny ops | proto, wire, net, store, telemetry |
 //! | 5 | `config` | options, files, environment, interpreter, machine; resolved settings | everything above |
 //! | 6 | `cli`, `main` | command line, exit codes, boot order | everything above |
 
 pub mod cli;
 pub mod config;
 pub mod net;
+pub mod peer;
 pub mod proto;
 pub mod scheduler;
 pub mod scratch;

@@ -397,6 +397,24 @@ async fn idle_connections_make_room_for_new_ones() {
     assert!(within(first.request(&1.into())).await.is_err());
 }
 
+#[tokio::test]
+async fn a_newcomer_gets_the_place_it_waits_for() {
+    let config = Arc::new(Config { max_incoming: 1, ..Config::default() });
+    let listener = Listener::bind("127.0.0.1", ANY_PORT, config.clone()).await.unwrap();
+    let address = listener.listen_address();
+    let serving = tokio::spawn(async move { listener.run(|c| async { drop(echo(c).await) }).await });
+    let mut kept = Vec::new();
+    for _ in 0..5 {
+        let mut next = within(connect(&address, &config)).await.unwrap();
+        within(next.request(&1.into())).await.unwrap();
+        // kept open and idle: the next one has to displace it
+        kept.push(next);
+    }
+    let mut last = within(connect(&address, &config)).await.unwrap();
+    serving.abort();
+    assert!(within(last.read()).await.is_err(), "a listener that is gone closes its connections");
+}
+
 async fn stream_to(address: &Address, slow: bool, limit: u64) -> BatchedWriter {
     let mut connection = within(connect(address, &Config::default())).await.unwrap();
     let start = Value::map([("op", "stream".into()), ("slow", slow.into()), ("reply", false.into())]);

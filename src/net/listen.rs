@@ -4,12 +4,14 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 use tracing::{debug, error, info, warn};
 
 use super::slots::{Slot, Slots};
@@ -118,23 +120,36 @@ impl Listener {
 
     /// Accepts for ever; runs `serve` in a task of its own for each connection whose handshake succeeds.
     ///
-    /// A peer that breaks the protocol costs one line in the log. Connections live on when this future is dropped;
-    /// a `serve` that must end then has to be told.
-    pub async fn run<F>(&self, serve: impl Fn(Connection) -> F + Clone + Send + Sync + 'static)
+    /// A peer that breaks the protocol costs one line in the log. Dropped, this closes all connections.
+    pub async fn run<F>(&self, serve: impl Fn(Connection) -> F + Clone + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
+        let mut connections = JoinSet::new();
+        // Lives through the ends of other connections: one of them may be what a newcomer waits for.
+        let mut accept = pin!(self.accept());
         loop {
-            let incoming = self.accept().await;
-            let serve = serve.clone();
-            tokio::spawn(async move {
-                match incoming.handshake().await {
-                    Ok(connection) => serve(connection).await,
-                    Err(error) if error.is_misbehaviour() => warn!("connection refused: {}", error.chain()),
-                    Err(error) => info!("connection closed before its handshake: {}", error.chain()),
+            tokio::select! {
+                incoming = &mut accept => {
+                    connections.spawn(greet(incoming, serve.clone()));
+                    accept.set(self.accept());
                 }
-            });
+                Some(ended) = connections.join_next() => {
+                    if let Err(error) = ended {
+                        // a bug of ours, which costs the connection that met it
+                        error!("a connection's task failed: {error}");
+                    }
+                }
+            }
         }
+    }
+}
+
+async fn greet<F: Future<Output = ()>>(incoming: Incoming, serve: impl Fn(Connection) -> F) {
+    match incoming.handshake().await {
+        Ok(connection) => serve(connection).await,
+        Err(error) if error.is_misbehaviour() => warn!("connection refused: {}", error.chain()),
+        Err(error) => info!("connection closed before its handshake was complete: {}", error.chain()),
     }
 }
 
