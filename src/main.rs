@@ -9,8 +9,13 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use iqoqo_dask_worker::cli::{Cli, Command, Exit, check};
 use iqoqo_dask_worker::config::{self, Environment, Gathered};
+use iqoqo_dask_worker::sandbox;
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == sandbox::SUBCOMMAND) {
+        sandbox::init_main(arguments);
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(answer) => {

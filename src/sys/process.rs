@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -108,6 +109,17 @@ pub fn close_descriptors_except(keep: &[RawFd]) -> Result<(), Error> {
         keep_descriptor_on_exec(unsafe { BorrowedFd::borrow_raw(fd) })?;
     }
     Ok(())
+}
+
+/// Moves standard input to a descriptor of its own, left open on exec, and puts `/dev/null` in its place.
+///
+/// # Errors
+/// What `fcntl`, `open` or `dup2` said.
+pub fn detach_stdin() -> Result<RawFd, Error> {
+    let moved = fcntl(std::io::stdin(), FcntlArg::F_DUPFD(3)).map_err(Error::call("fcntl(F_DUPFD)"))?;
+    let null = File::open("/dev/null").map_err(Error::call("open"))?;
+    nix::unistd::dup2_stdin(&null).map_err(Error::call("dup2"))?;
+    Ok(moved)
 }
 
 /// Leaves one descriptor open in the program executed next.
