@@ -12,6 +12,8 @@
 //! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 1 | `scratch` | work directories on disk: locks, clean-up | - |
 //! | 1 | `systemd` | sd_notify, watchdog | sys |
+//! | 1 | `sandbox` | the stub that Python processes are executed through | sys |
+//! | 2 | `exec` | zygote, runners, service process, and the messages to them | proto, wire, sys, sandbox, store, telemetry |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
 //! | 3 | `scheduler` | registration, stream, heartbeats, versions, system monitor | proto, net, telemetry |
 //! | 3 | `peer` | data server, fetching, worker and nanny ops | proto, wire, net, store, telemetry |
@@ -20,9 +22,11 @@
 
 pub mod cli;
 pub mod config;
+pub mod exec;
 pub mod net;
 pub mod peer;
 pub mod proto;
+pub mod sandbox;
 pub mod scheduler;
 pub mod scratch;
 pub mod state;

@@ -41,9 +41,10 @@ impl Payload {
 }
 
 /// A decoded message, or a part of one.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Value {
     /// `None`
+    #[default]
     Nil,
     /// `bool`
     Bool(bool),

@@ -14,10 +14,10 @@ use std::io;
 pub use kernel::landlock_abi;
 pub use memfd::{Mapping, Memfd, MemfdMut};
 pub use process::{
-    PidFd, close_descriptors_except, die_with_parent, exec, forbid_core_dumps, keep_descriptor_on_exec,
-    new_session, own_executable, pipe, set_nonblocking,
+    PidFd, close_descriptors_except, detach_stdin, die_with_parent, exec, forbid_core_dumps,
+    keep_descriptor_on_exec, new_session, own_executable, pipe, set_nonblocking,
 };
-pub use socket::{MAX_DESCRIPTORS, Received, receive, send, socket_pair};
+pub use socket::{MAX_DESCRIPTORS, Received, receive, send, socket_pair, watch};
 pub use words::{SharedWords, barrier_between_processes};
 
 /// What the kernel refused, or what another process handed over that is not what it should be.

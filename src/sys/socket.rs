@@ -9,6 +9,8 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
     socketpair,
 };
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::Error;
 
@@ -22,6 +24,16 @@ pub const MAX_DESCRIPTORS: usize = 253;
 pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), Error> {
     socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
         .map_err(Error::call("socketpair"))
+}
+
+/// Has the runtime watch a descriptor. Must be called in one.
+///
+/// # Errors
+/// What `epoll_ctl` said.
+pub fn watch(fd: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, Error> {
+    // SAFETY: the `AsyncFd` owns the descriptor, whose number is the same for as long as it is open.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }
+        .map_err(|error| Error::Call { call: "epoll_ctl", source: error.into() })
 }
 
 /// Sends what fits without waiting; the descriptors travel with the first byte. `None`: nothing fits now.

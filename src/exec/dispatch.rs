@@ -1,0 +1,463 @@
+//! Which runner gets which job, and what each word of a runner, and its death, means for jobs.
+//!
+//! Synchronous, under the pool's lock.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::ipc::{self, FromChild, Outgoing, RawFailure, Role, ToChild};
+use super::object::Segments;
+use super::pool::{Shared, State};
+use super::slot::{self, Attempt, Queued, Recalled, Runner};
+use super::verdict::{self, Cause};
+use super::{Event, Failed, Finished, Job, Recall};
+use crate::proto::Key;
+use crate::sys::PidFd;
+use crate::wire::payload::Exception;
+use crate::wire::{Limits, decode_message};
+
+/// Runners in a row that may end before they ran anything; then jobs fail instead of waiting for the next.
+const BARREN_MAX: u32 = 3;
+
+impl State {
+    /// Runners that count for the pool's width.
+    fn width(&self) -> usize {
+        self.runners.values().filter(|runner| runner.is_usable()).count()
+    }
+
+    /// Finds a runner for a job.
+    pub(super) fn place(&mut self, shared: &Arc<Shared>, attempt: Attempt) {
+        if self.stopping {
+            return;
+        }
+        match self.find_runner(shared) {
+            Ok(Some(id)) => self.hand_over(shared, id, attempt, false),
+            Ok(None) => self.pending.push_back(attempt),
+            Err(text) => fail(shared, &attempt.job, &Exception::builtin("RuntimeError", text)),
+        }
+    }
+
+    /// An idle runner, or a new one if there may be one more.
+    fn find_runner(&mut self, shared: &Arc<Shared>) -> Result<Option<u64>, String> {
+        if let Some(id) = self.idle.pop() {
+            return Ok(Some(id));
+        }
+        if self.width() < shared.config.slots && self.zygote.is_there() {
+            return self.fork(shared).map(Some).map_err(|error| slot::chain(&error));
+        }
+        Ok(None)
+    }
+
+    /// Asks the zygote for a runner, which can be handed jobs at once.
+    fn fork(&mut self, shared: &Arc<Shared>) -> Result<u64, super::Error> {
+        let id = self.new_id();
+        let (runner, ends) = Runner::prepare()?;
+        if let Some(info) = &self.info {
+            runner.configure(info);
+        }
+        self.zygote.send(&ToChild::Fork { child: id, role: Role::Runner }, ends.fds);
+        tokio::spawn(slot::serve(shared.clone(), id, ends.data, runner.exited.clone()));
+        tokio::spawn(slot::serve_control(shared.clone(), id, ends.control));
+        for pipe in &runner.pipes {
+            let whose = move |shared: &Shared, line: &str| shared.runner_wrote(id, line);
+            tokio::spawn(slot::log_output(shared.clone(), pipe.clone(), whose));
+        }
+        self.runners.insert(id, runner);
+        Ok(id)
+    }
+
+    /// Gives a job to a runner. One that cannot be sent fails.
+    fn hand_over(&mut self, shared: &Shared, id: u64, attempt: Attempt, prefetched: bool) {
+        let Some(runner) = self.runners.get_mut(&id) else {
+            self.pending.push_front(attempt);
+            return;
+        };
+        let key = attempt.job.key.clone();
+        match runner.hand_over(attempt, prefetched) {
+            Ok(seq) => {
+                self.places.insert(key, (id, seq));
+            }
+            Err((attempt, error)) => {
+                let text = format!("task {key} could not be sent to its process: {}", slot::chain(&error));
+                fail(shared, &attempt.job, &Exception::builtin("RuntimeError", text));
+                self.rest(id);
+            }
+        }
+    }
+
+    /// Notes that a runner has nothing to do, if that is so.
+    fn rest(&mut self, id: u64) {
+        let Some(runner) = self.runners.get(&id) else { return };
+        if runner.is_usable() && runner.current().is_none() && !self.idle.contains(&id) {
+            self.idle.push(id);
+        }
+    }
+
+    /// Gives waiting jobs to runners that can take them.
+    pub(super) fn fill(&mut self, shared: &Arc<Shared>) {
+        while let Some(attempt) = self.pending.pop_front() {
+            match self.find_runner(shared) {
+                Ok(Some(id)) => self.hand_over(shared, id, attempt, false),
+                Ok(None) => {
+                    self.pending.push_front(attempt);
+                    return;
+                }
+                Err(text) => fail(shared, &attempt.job, &Exception::builtin("RuntimeError", text)),
+            }
+        }
+    }
+
+    pub(super) fn prefetch(&mut self, shared: &Shared, job: Job) -> Result<(), Job> {
+        let room = shared.config.prefetch;
+        let candidates = self.runners.iter().filter(|(_, runner)| {
+            runner.is_usable() && runner.current().is_some() && runner.waiting() < room
+        });
+        match candidates.min_by_key(|(_, runner)| runner.waiting()) {
+            Some((&id, _)) => {
+                self.hand_over(shared, id, Attempt { job: Arc::new(job), crashes: 0 }, true);
+                Ok(())
+            }
+            None => Err(job),
+        }
+    }
+
+    pub(super) fn prefetch_room(&self, room: usize) -> usize {
+        let busy = self.runners.values().filter(|runner| runner.is_usable() && runner.current().is_some());
+        busy.map(|runner| room.saturating_sub(runner.waiting())).sum()
+    }
+
+    pub(super) fn try_recall(&mut self, key: &Key) -> Recall {
+        if let Some(at) = self.pending.iter().position(|attempt| attempt.job.key == *key) {
+            self.pending.remove(at);
+            return Recall::Recalled;
+        }
+        let Some((runner, at)) = self.locate(key) else { return Recall::Unknown };
+        let queued = &mut runner.queue[at];
+        if !queued.prefetched {
+            return Recall::Started;
+        }
+        if runner.mailbox.revoke(queued.seq) {
+            queued.recall = Recalled::Yes;
+            self.places.remove(key);
+            Recall::Recalled
+        } else {
+            queued.recall = Recalled::Asked;
+            Recall::Started
+        }
+    }
+
+    /// The runner that has a job, and its place in the queue.
+    fn locate(&mut self, key: &Key) -> Option<(&mut Runner, usize)> {
+        let (id, seq) = *self.places.get(key)?;
+        let runner = self.runners.get_mut(&id)?;
+        let at = runner.queue.iter().position(|queued| queued.seq == seq)?;
+        Some((runner, at))
+    }
+
+    /// Kills the runner that runs `key`.
+    pub(super) fn kill_running(&mut self, key: &Key, cause: Cause) -> bool {
+        match self.locate(key) {
+            Some((runner, _)) if runner.current().is_some_and(|queued| queued.key() == key) => {
+                runner.kill(cause);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes the job a runner speaks of off its queue. `None` when it is not the one it should speak of.
+    fn conclude(&mut self, shared: &Shared, id: u64, seq: u64) -> Option<Queued> {
+        let runner = self.runners.get_mut(&id)?;
+        if runner.queue.front()?.seq != seq {
+            return None;
+        }
+        runner.drain_output(shared);
+        let done = runner.queue.pop_front()?;
+        runner.proven = true;
+        runner.tail.clear();
+        self.barren = 0;
+        if done.recall != Recalled::Yes {
+            self.places.remove(done.key());
+        }
+        if let Some(next) = runner.queue.iter_mut().find(|queued| queued.recall != Recalled::Yes)
+            && next.prefetched
+            && next.recall == Recalled::No
+        {
+            // the runner goes on with it by itself
+            next.prefetched = false;
+            shared.emit(Event::Started { key: next.key().clone() });
+        }
+        Some(done)
+    }
+
+    /// What a runner does after a job: its next, a waiting one, or nothing.
+    fn after(&mut self, shared: &Arc<Shared>, id: u64) {
+        let Some(runner) = self.runners.get_mut(&id) else { return };
+        if runner.seceded && runner.current().is_none() {
+            runner.seceded = false;
+            if self.width() > shared.config.slots {
+                self.retire(id);
+                return;
+            }
+        }
+        self.rest(id);
+        self.fill(shared);
+    }
+
+    /// Lets a runner end that is one too many.
+    fn retire(&mut self, id: u64) {
+        if let Some(runner) = self.runners.get_mut(&id)
+            && let Ok(message) = Outgoing::new(&ToChild::Exit, Vec::new())
+        {
+            runner.seceded = true;
+            runner.doom = Some(Cause::Exit { code: 0 });
+            runner.data.send(message);
+        }
+    }
+}
+
+/// A message that no runner sends at this point.
+const MISPLACED: ipc::Error = ipc::Error::Form { tag: None };
+
+impl Shared {
+    /// A runner's word about its tasks.
+    pub(super) fn runner_says(
+        self: &Arc<Self>,
+        id: u64,
+        message: FromChild,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), ipc::Error> {
+        let segments = Segments::map(fds)?;
+        let mut state = self.state();
+        match message {
+            FromChild::Finished { seq, object, done } => {
+                let object = segments.object(object, done.nbytes)?;
+                let queued = state.conclude(self, id, seq).ok_or(MISPLACED)?;
+                let job = &queued.attempt.job;
+                self.emit(Event::Finished(Box::new(Finished {
+                    key: job.key.clone(),
+                    run_id: job.run_id,
+                    object,
+                    type_pickled: done.type_pickled,
+                    typename: done.typename.into(),
+                    start: self.scheduler_time(done.start),
+                    stop: self.scheduler_time(done.stop),
+                    thread: done.thread,
+                    cpu: done.cpu,
+                })));
+            }
+            FromChild::Failed { seq, failure } => {
+                let failed = self.failed(&segments, *failure)?;
+                let queued = state.conclude(self, id, seq).ok_or(MISPLACED)?;
+                let job = &queued.attempt.job;
+                let (key, run_id) = (job.key.clone(), job.run_id);
+                self.emit(Event::Failed(Box::new(Failed { key, run_id, ..failed })));
+            }
+            FromChild::Reschedule { seq } => {
+                let queued = state.conclude(self, id, seq).ok_or(MISPLACED)?;
+                let job = &queued.attempt.job;
+                self.emit(Event::Reschedule { key: job.key.clone(), run_id: job.run_id });
+            }
+            FromChild::Skipped { seq } => {
+                let queued = state.conclude(self, id, seq).ok_or(MISPLACED)?;
+                let job = &queued.attempt.job;
+                if queued.recall != Recalled::Yes {
+                    self.emit(Event::Skipped { key: job.key.clone(), run_id: job.run_id });
+                }
+            }
+            FromChild::Seceded { seq, duration } => {
+                return state.secede(self, id, seq, duration).ok_or(MISPLACED);
+            }
+            FromChild::Event { frames } => {
+                let message = decode_message(frames, &Limits::default())?;
+                self.emit(Event::ToScheduler(message));
+                return Ok(());
+            }
+            _ => return Err(MISPLACED),
+        }
+        state.after(self, id);
+        Ok(())
+    }
+
+    fn failed(&self, segments: &Segments, raw: RawFailure) -> Result<Failed, ipc::Error> {
+        Ok(Failed {
+            key: Key::Int(0),
+            run_id: crate::proto::RunId::NONE,
+            exception: segments.payload(raw.exception)?,
+            traceback: raw.traceback.map(|traceback| segments.payload(traceback)).transpose()?,
+            exception_text: raw.exception_text.into(),
+            traceback_text: raw.traceback_text.into(),
+            start: raw.start.map(|time| self.scheduler_time(time)),
+            stop: raw.stop.map(|time| self.scheduler_time(time)),
+            thread: Some(raw.thread),
+        })
+    }
+
+    /// The zygote forked a runner.
+    pub(super) fn runner_forked(&self, id: u64, pid: u32, process: PidFd) {
+        let mut state = self.state();
+        if let Some(runner) = state.runners.get_mut(&id) {
+            runner.pid = Some(pid);
+            runner.process = Some(process);
+            if let Some(cause) = runner.doom.clone().filter(|cause| *cause != Cause::Exit { code: 0 }) {
+                runner.kill(cause);
+            }
+        }
+    }
+
+    /// A runner ended: what it said before comes first, so its burial waits for that.
+    pub(super) fn runner_ended(&self, id: u64, cause: Cause, peak: u64) {
+        let mut state = self.state();
+        state.idle.retain(|&idle| idle != id);
+        if let Some(runner) = state.runners.get_mut(&id) {
+            runner.exit.get_or_insert((cause, peak));
+            runner.exited.notify_one();
+        }
+    }
+
+    /// Kills a runner that cannot be trusted any more.
+    pub(super) fn condemn(&self, id: u64, cause: Cause) {
+        let mut state = self.state();
+        state.idle.retain(|&idle| idle != id);
+        if let Some(runner) = state.runners.get_mut(&id) {
+            runner.kill(cause);
+        }
+    }
+
+    /// Whose a line is that a runner wrote.
+    fn runner_wrote(&self, id: u64, line: &str) -> Option<(Option<u32>, Option<Key>)> {
+        let mut state = self.state();
+        let runner = state.runners.get_mut(&id)?;
+        runner.tail.push(line);
+        Some((runner.pid, runner.current().map(|queued| queued.key().clone())))
+    }
+
+    pub(super) fn cancel(self: &Arc<Self>, key: &Key) {
+        let mut state = self.state();
+        if let Some(at) = state.pending.iter().position(|attempt| attempt.job.key == *key) {
+            if let Some(attempt) = state.pending.remove(at) {
+                self.emit(Event::Skipped { key: key.clone(), run_id: attempt.job.run_id });
+            }
+            return;
+        }
+        let Some((runner, at)) = state.locate(key) else { return };
+        let Queued { seq, recall, .. } = &mut runner.queue[at];
+        let seq = *seq;
+        *recall = Recalled::Asked;
+        if runner.mailbox.revoke(seq) {
+            return;
+        }
+        if let Ok(message) = Outgoing::new(&ToChild::Interrupt { seq }, Vec::new()) {
+            runner.control.send(message);
+        }
+        let (shared, key) = (self.clone(), key.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(shared.config.cancel_grace).await;
+            let mut state = shared.state();
+            if state.places.get(&key).is_some_and(|&(_, still)| still == seq) {
+                state.kill_running(&key, Cause::Cancelled);
+            }
+        });
+    }
+
+    /// Decides on the jobs of a runner that is dead and has said all.
+    pub(super) fn bury(self: &Arc<Self>, id: u64) {
+        let mut state = self.state();
+        let Some(mut runner) = state.runners.remove(&id) else { return };
+        state.idle.retain(|&idle| idle != id);
+        if state.stopping {
+            return;
+        }
+        runner.finish_output(self);
+        let (ended, peak) = runner.exit.take().unwrap_or((Cause::ZygoteLost, 0));
+        let cause = match runner.doom.take() {
+            Some(Cause::OutOfMemory { limit, peak: seen }) => {
+                Cause::OutOfMemory { limit, peak: peak.max(seen) }
+            }
+            Some(doom) => doom,
+            None => ended,
+        };
+        let retired = cause == Cause::Exit { code: 0 } && runner.queue.is_empty();
+        if !runner.proven && runner.mailbox.started() == 0 {
+            state.barren += 1;
+        }
+        let (blamed, requeued) = state.share_out(self, &mut runner, &cause);
+        if !retired {
+            let pid = runner.pid;
+            self.emit(Event::RunnerDied { pid, cause, key: blamed, requeued });
+        }
+        state.fill(self);
+    }
+}
+
+impl State {
+    /// The jobs of a dead runner: the one it ran is tried again or fails, others go elsewhere. Returns the job it
+    /// ran, and those that are nobody's now.
+    fn share_out(&mut self, shared: &Shared, runner: &mut Runner, cause: &Cause) -> (Option<Key>, Vec<Key>) {
+        let started = runner.mailbox.started();
+        let tail = runner.tail.text();
+        let (mut blamed, mut requeued, mut again) = (None, Vec::new(), Vec::new());
+        for queued in runner.queue.drain(..).filter(|queued| queued.recall != Recalled::Yes) {
+            let key = queued.key().clone();
+            self.places.remove(&key);
+            let Queued { seq, mut attempt, prefetched, recall, .. } = queued;
+            let ran = blamed.is_none() && seq <= started;
+            if ran {
+                blamed = Some(key.clone());
+            }
+            if recall == Recalled::Asked && (*cause == Cause::Cancelled || !ran) {
+                shared.emit(Event::Skipped { key, run_id: attempt.job.run_id });
+            } else if !ran && prefetched {
+                requeued.push(key);
+            } else if !ran && self.barren <= BARREN_MAX {
+                again.push(attempt);
+            } else {
+                attempt.crashes += 1;
+                if cause.may_retry() && ran && attempt.crashes < shared.config.attempts {
+                    again.push(attempt);
+                } else {
+                    let died = verdict::exception(&format!("{key:?}"), cause, attempt.crashes, &tail);
+                    fail(shared, &attempt.job, &died);
+                }
+            }
+        }
+        // in their old order, before what came later
+        for attempt in again.into_iter().rev() {
+            self.pending.push_front(attempt);
+        }
+        (blamed, requeued)
+    }
+
+    /// A runner's task leaves the pool: its slot is free, what waits behind it goes elsewhere.
+    fn secede(&mut self, shared: &Arc<Shared>, id: u64, seq: u64, duration: f64) -> Option<()> {
+        let runner = self.runners.get_mut(&id)?;
+        let current = runner.queue.front().filter(|queued| queued.seq == seq && !runner.seceded)?;
+        shared.emit(Event::Seceded { key: current.key().clone(), compute_duration: duration });
+        runner.seceded = true;
+        for queued in runner.queue.iter_mut().skip(1).filter(|queued| queued.recall == Recalled::No) {
+            // it cannot start while the other runs: this always succeeds
+            if runner.mailbox.revoke(queued.seq) {
+                queued.recall = Recalled::Yes;
+                self.places.remove(&queued.attempt.job.key);
+                self.pending.push_back(queued.attempt.clone());
+            }
+        }
+        self.fill(shared);
+        Some(())
+    }
+}
+
+/// Ends a job with an exception that Python did not raise.
+fn fail(shared: &Shared, job: &Job, exception: &Exception) {
+    shared.emit(Event::Failed(Box::new(Failed {
+        key: job.key.clone(),
+        run_id: job.run_id,
+        exception: exception.payload(),
+        traceback: None,
+        exception_text: exception.text().into(),
+        traceback_text: "".into(),
+        start: None,
+        stop: None,
+        thread: None,
+    })));
+}

@@ -1,0 +1,223 @@
+//! The daemon's end of a socket to a child: sends without waiting, receives message by message.
+//!
+//! Knows bytes and descriptors, not what they mean.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::ipc::{self, HEAD, Outgoing};
+use crate::sys::{self, MAX_DESCRIPTORS, Received};
+
+/// Bytes read at once.
+const CHUNK: usize = 16 * 1024;
+
+/// A sending end; clones share it.
+#[derive(Clone, Debug)]
+pub(super) struct Link(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    fd: AsyncFd<OwnedFd>,
+    outbox: Mutex<Outbox>,
+}
+
+/// What did not fit into the socket yet.
+#[derive(Debug, Default)]
+struct Outbox {
+    waiting: VecDeque<Outgoing>,
+    /// Bytes of the first message that are sent, and its descriptors.
+    sent: usize,
+    sent_fds: usize,
+    flushing: bool,
+}
+
+impl Link {
+    /// Must be called in a runtime, which then drives the socket.
+    pub(super) fn new(fd: OwnedFd) -> Result<Self, sys::Error> {
+        let inner =
+            Inner { fd: sys::watch(fd, Interest::READABLE | Interest::WRITABLE)?, outbox: Mutex::default() };
+        Ok(Link(Arc::new(inner)))
+    }
+
+    /// Sends a message, now or as soon as there is room. A child that is gone shows at the receiving end.
+    pub(super) fn send(&self, message: Outgoing) {
+        let mut outbox = self.outbox();
+        outbox.waiting.push_back(message);
+        if outbox.flushing {
+            return;
+        }
+        if !outbox.flush(self.0.fd.get_ref().as_fd()) {
+            outbox.flushing = true;
+            let link = self.clone();
+            tokio::spawn(async move { link.flush().await });
+        }
+    }
+
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        // nothing panics while it holds the lock
+        self.0.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn flush(&self) {
+        while let Ok(mut guard) = self.0.fd.writable().await {
+            let mut outbox = self.outbox();
+            if outbox.flush(self.0.fd.get_ref().as_fd()) {
+                outbox.flushing = false;
+                return;
+            }
+            guard.clear_ready();
+        }
+    }
+}
+
+impl Outbox {
+    /// Sends what fits. True when nothing is left; what cannot ever be sent is dropped.
+    fn flush(&mut self, socket: BorrowedFd<'_>) -> bool {
+        while let Some(message) = self.waiting.front() {
+            let left = &message.fds[self.sent_fds..];
+            let now = left.len().min(MAX_DESCRIPTORS);
+            let fds: Vec<BorrowedFd<'_>> = left[..now].iter().map(AsFd::as_fd).collect();
+            // more descriptors than one call takes: a byte for each batch but the last
+            let end = if now < left.len() { self.sent + 1 } else { message.bytes.len() };
+            match sys::send(socket, &[IoSlice::new(&message.bytes[self.sent..end])], &fds) {
+                Ok(Some(sent)) => {
+                    self.sent += sent;
+                    self.sent_fds += now;
+                    if self.sent < message.bytes.len() {
+                        continue;
+                    }
+                }
+                Ok(None) => return false,
+                Err(error) => {
+                    tracing::debug!(%error, "a message to a child could not be sent");
+                    self.waiting.clear();
+                }
+            }
+            self.waiting.pop_front();
+            self.sent = 0;
+            self.sent_fds = 0;
+        }
+        true
+    }
+}
+
+/// A message as it came.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    pub(super) bytes: Bytes,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// Why nothing more comes.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// The socket failed.
+    #[error("reading from a child failed")]
+    Io(#[from] io::Error),
+    /// Descriptors could not be taken.
+    #[error("reading from a child failed")]
+    Sys(#[from] sys::Error),
+    /// The child sends nonsense.
+    #[error("a child sent nonsense")]
+    Nonsense(#[from] ipc::Error),
+}
+
+/// The receiving end of a link.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    link: Link,
+    chunk: Box<[u8]>,
+    buffer: BytesMut,
+    fds: Vec<OwnedFd>,
+}
+
+impl Inbox {
+    pub(super) fn new(link: &Link) -> Self {
+        Inbox { link: link.clone(), chunk: vec![0; CHUNK].into(), buffer: BytesMut::new(), fds: Vec::new() }
+    }
+
+    /// The next message; `None` when the other end is closed.
+    pub(super) async fn receive(&mut self) -> Result<Option<Incoming>, Error> {
+        loop {
+            if let Some(message) = self.take()? {
+                return Ok(Some(message));
+            }
+            let link = self.link.clone();
+            let mut guard = link.0.fd.readable().await?;
+            match self.fill()? {
+                Fill::End => return Ok(None),
+                Fill::Drained => guard.clear_ready(),
+                Fill::More => {}
+            }
+        }
+    }
+
+    /// The next message that has arrived, without waiting.
+    pub(super) fn try_receive(&mut self) -> Result<Option<Incoming>, Error> {
+        loop {
+            if let Some(message) = self.take()? {
+                return Ok(Some(message));
+            }
+            // a short read may have left something: ask until the kernel says that there is nothing
+            let before = self.buffer.len();
+            let filled = self.fill()?;
+            if filled == Fill::End || (filled == Fill::Drained && self.buffer.len() == before) {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn take(&mut self) -> Result<Option<Incoming>, Error> {
+        let Some(head) = self.buffer.first_chunk::<HEAD>() else { return Ok(None) };
+        let (bytes, fds) = ipc::parse_head(*head)?;
+        if self.buffer.len() < HEAD + bytes {
+            return Ok(None);
+        }
+        if self.fds.len() < fds {
+            return Err(ipc::Error::NoDescriptor { index: self.fds.len() }.into());
+        }
+        let message = Bytes::copy_from_slice(&self.buffer[HEAD..HEAD + bytes]);
+        self.buffer.advance(HEAD + bytes);
+        if self.buffer.is_empty() && bytes > CHUNK {
+            // a large message's room is not kept
+            self.buffer = BytesMut::new();
+        }
+        Ok(Some(Incoming { bytes: message, fds: self.fds.drain(..fds).collect() }))
+    }
+
+    fn fill(&mut self) -> Result<Fill, Error> {
+        let socket = self.link.0.fd.get_ref();
+        let known = self.fds.len();
+        match sys::receive(socket, &mut self.chunk, &mut self.fds, MAX_DESCRIPTORS) {
+            Ok(Received::Bytes(len)) => {
+                self.buffer.extend_from_slice(&self.chunk[..len]);
+                // a read stops behind a message with descriptors, with more waiting
+                let short = len < CHUNK && self.fds.len() == known;
+                Ok(if short { Fill::Drained } else { Fill::More })
+            }
+            Ok(Received::WouldBlock) => Ok(Fill::Drained),
+            Ok(Received::End) => Ok(Fill::End),
+            // a child that was killed with messages unread
+            Err(error) if error.io().map(io::Error::kind) == Some(io::ErrorKind::ConnectionReset) => {
+                Ok(Fill::End)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fill {
+    /// Nothing more for now.
+    Drained,
+    /// Ask again.
+    More,
+    /// Nothing ever again.
+    End,
+}

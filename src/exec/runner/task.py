@@ -1,0 +1,327 @@
+"""A runner: takes a task, runs it, hands the result back; one at a time, on its main thread.
+
+The binary compiles this file under a name that ends in distributed/worker.py, so that Dask cuts its frames
+from users' tracebacks and profiles as it cuts those of its own worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from sys import getsizeof
+from time import thread_time, time
+from types import FrameType
+from typing import Any, Final
+
+import dask
+import distributed.profile
+from dask.sizeof import sizeof
+from dask.utils import typename
+from distributed.core import error_message
+from distributed.exceptions import Reschedule
+from distributed.protocol import pickle as dask_pickle
+from distributed.utils import thread_state
+
+from . import channel
+from .channel import Channel, Closed, Descriptors
+from .worker import Worker
+
+RING: Final = 64
+"""Words for revoked tasks in the mailbox, as in mailbox.rs."""
+TYPES_MAX: Final = 1000
+
+logger = logging.getLogger("distributed.worker")
+
+_EXECUTORS = ("actor", "default", "offload")
+_CONSTANT_SIZE = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
+class Interrupted(BaseException):
+    """Raised in a task that was cancelled while it ran."""
+
+
+class Runner:
+    """The life of one runner process."""
+
+    def __init__(self, data: Channel, control: Channel, mailbox: int) -> None:
+        self.data = data
+        self.control = control
+        self.worker = Worker(data)
+        self.mailbox = memoryview(mmap.mmap(mailbox, 8 * (1 + RING))).cast("Q")
+        self.seq = 0
+        self.key: Any = None
+        self.in_task = False
+        self.interrupted = 0
+        self.types: dict[type, tuple[bytes, str]] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.main_thread = threading.get_ident()
+        # unlike get_ident(), which forks of one process share, it tells runners apart
+        self.thread = threading.get_native_id()
+        self.control_thread = threading.Thread(target=self._control, name="iqoqo-control", daemon=True)
+
+    def serve(self) -> None:
+        """Runs tasks until the daemon closes the connection."""
+        register_barrier()
+        signal.signal(INTERRUPT_SIGNAL, self._on_interrupt)
+        self.control_thread.start()
+        self.worker.install()
+        receive = self.data.receive
+        while True:
+            try:
+                message, fds = receive()
+                tag = message[0]
+                if tag == channel.RUN:
+                    self._run(message, fds)
+                elif tag == channel.CONFIGURE:
+                    self.worker.configure(message[1])
+                elif tag == channel.EXIT:
+                    return
+                else:
+                    raise RuntimeError(f"unknown message {tag!r} from the daemon")
+            except Closed:
+                return
+
+    # one task
+
+    def _run(self, message: tuple[Any, ...], fds: list[int]) -> None:
+        _, seq, key, spec, buffers, inputs, annotations = message
+        mailbox = self.mailbox
+        # first say that it starts, then look whether it was revoked: the daemon does it the other way round
+        mailbox[0] = seq
+        if mailbox[1 + seq % RING] == seq:
+            for fd in fds:
+                os.close(fd)
+            self.data.send((channel.SKIPPED, seq))
+            return
+        self.seq = seq
+        self.key = key
+        try:
+            report = self._execute(key, spec, buffers, inputs, annotations, fds)
+        except Interrupted:
+            # it hit the few instructions around the task
+            self.in_task = False
+            self.loop = None
+            report = channel.SKIPPED, []
+        self.key = None
+        flush()
+        self._send(seq, *report)
+
+    def _send(self, seq: int, tag: int, objects: list[Any], *rest: Any) -> None:
+        """Sends what became of a task; each object is (header, frames) or None."""
+        fds: list[int] = []
+        try:
+            try:
+                shared = [o and self._share(o, fds) for o in objects]
+            except BaseException as error:
+                if tag == channel.FAILED:
+                    raise
+                for fd in fds:
+                    os.close(fd)
+                fds = []
+                tag, objects, *rest = self._failure(error, None, None)
+                shared = [o and self._share(o, fds) for o in objects]
+            self.data.send((tag, seq, *shared, *rest), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    @staticmethod
+    def _share(part: tuple[bytes, list[Any]], fds: list[int]) -> channel.Object:
+        shared, fd = channel.share(*part)
+        if fd is None:
+            return shared
+        kind, header, frames = shared
+        index = len(fds)
+        fds.append(fd)
+        return kind, header, [f if type(f) is bytes else (index, *f[1:]) for f in frames]
+
+    def _execute(
+        self, key: Any, spec: bytes, buffers: Any, inputs: Any, annotations: Any, fds: list[int]
+    ) -> tuple[Any, ...]:
+        """Everything between a task's message and its report."""
+        span = contextlib.nullcontext()
+        try:
+            if fds or inputs or buffers:
+                with Descriptors(fds) as descriptors:
+                    out_of_band = [b if type(b) is bytes else descriptors.view(*b) for b in buffers]
+                    task = pickle.loads(spec, buffers=out_of_band)
+                    data = {k: channel.load(*rest, descriptors) for k, *rest in inputs}
+            else:
+                task = pickle.loads(spec)
+                data = {}
+            if annotations:
+                span = self._annotate(annotations)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            logger.error("Exception during execution of task %r", key, exc_info=True)
+            return self._failure(error, None, None)
+        with span:
+            if getattr(task, "is_coro", False):
+                if self.loop is None:
+                    self.loop = asyncio.new_event_loop()
+                return self.loop.run_until_complete(self._call_async(task, data))
+            return self._call(task, data)
+
+    @staticmethod
+    def _annotate(annotations: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        executor = annotations.get("executor", "default")
+        if executor not in _EXECUTORS:
+            raise ValueError(f"Invalid executor {executor!r}; expected one of: {sorted(_EXECUTORS)}")
+        if "span" in annotations:
+            return dask.annotate(span=annotations["span"])
+        return contextlib.nullcontext()
+
+    def _call(self, task: Callable[[dict[Any, Any]], Any], data: dict[Any, Any]) -> tuple[Any, ...]:
+        self.in_task = True
+        cpu = thread_time()
+        start = time()
+        thread_state.start_time = start
+        thread_state.key = self.key
+        try:
+            result = task(data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.in_task = False
+            return self._failed(error, task, start)
+        self.in_task = False
+        stop = time()
+        return self._success(result, start, stop, thread_time() - cpu)
+
+    async def _call_async(
+        self, task: Callable[[dict[Any, Any]], Any], data: dict[Any, Any]
+    ) -> tuple[Any, ...]:
+        self.in_task = True
+        cpu = thread_time()
+        start = time()
+        thread_state.start_time = start
+        thread_state.key = self.key
+        try:
+            result = await task(data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.in_task = False
+            return self._failed(error, task, start)
+        self.in_task = False
+        stop = time()
+        return self._success(result, start, stop, thread_time() - cpu)
+
+    # reports: tag, objects, rest
+
+    def _success(self, result: Any, start: float, stop: float, cpu: float) -> tuple[Any, ...]:
+        kind = type(result)
+        described = self.types.get(kind) or self._describe_type(kind)
+        try:
+            nbytes = getsizeof(result) if kind in _CONSTANT_SIZE else int(sizeof(result))
+            dumped = channel.dump(result)
+        except BaseException as error:
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                raise
+            return self._failure(error, start, stop)
+        return channel.FINISHED, [dumped], nbytes, *described, start, stop, self.thread, cpu
+
+    def _describe_type(self, kind: type) -> tuple[bytes, str]:
+        described = describe_type(kind)
+        if len(self.types) >= TYPES_MAX:
+            self.types.clear()
+        self.types[kind] = described
+        return described
+
+    def _failed(self, error: BaseException, task: Any, start: float) -> tuple[Any, ...]:
+        stop = time()
+        if isinstance(error, Reschedule):
+            return channel.RESCHEDULE, []
+        if isinstance(error, Interrupted) and self.interrupted == self.seq:
+            return channel.SKIPPED, []
+        report = self._failure(error, start, stop)
+        logger.error(
+            "Compute Failed\nKey:       %s\nState:     executing\nTask:  %s\nException: %r\nTraceback: %r\n",
+            self.key,
+            safe_repr(task)[:1000],
+            report[2],
+            report[3],
+        )
+        return report
+
+    def _failure(self, error: BaseException, start: float | None, stop: float | None) -> tuple[Any, ...]:
+        message = error_message(error)
+        traceback = message["traceback"]
+        objects = [channel.dump(message["exception"].data), traceback and channel.dump(traceback.data)]
+        texts = message["exception_text"], message["traceback_text"]
+        return channel.FAILED, objects, *map(clean, texts), start, stop, self.thread
+
+    # the control thread
+
+    def _control(self) -> None:
+        with contextlib.suppress(Closed, OSError):
+            while True:
+                message, _ = self.control.receive()
+                if message[0] == channel.STACKS:
+                    self.control.send((channel.STACKS, message[1], self._stacks()))
+                elif message[0] == channel.INTERRUPT:
+                    self.interrupted = message[1]
+                    signal.pthread_kill(self.main_thread, INTERRUPT_SIGNAL)
+        # the daemon is gone: nobody is left to whom a result, or a subprocess of the task, could matter
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    def _stacks(self) -> list[tuple[Any, list[str]]]:
+        key = self.key
+        frame = sys._current_frames().get(self.main_thread)
+        if key is None or frame is None:
+            return []
+        return [(key, [clean(line) for line in distributed.profile.call_stack(frame)])]
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self.in_task and self.interrupted == self.seq:
+            raise Interrupted
+
+
+INTERRUPT_SIGNAL = signal.SIGRTMIN + 6
+
+
+def describe_type(kind: type) -> tuple[bytes, str]:
+    """A type as `task-finished` has it: pickled, or its name pickled where it cannot be, and its name."""
+    name = clean(typename(kind))
+    try:
+        return dask_pickle.dumps(kind), name
+    except Exception:
+        return dask_pickle.dumps(name), name
+
+
+def safe_repr(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{typename(type(value))}>"
+
+
+def clean(text: str) -> str:
+    """Text that can be encoded: a user's exception may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def flush() -> None:
+    """Hands over what a task printed, so that the daemon reads it before the task's result."""
+    for stream in (sys.stdout, sys.stderr):
+        # a task may have closed or replaced it
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def register_barrier() -> None:
+    """Lets the daemon's membarrier call order this process's memory accesses (see mailbox.rs)."""
+    register_global_expedited = 1 << 2
+    syscall_number = {"x86_64": 324, "aarch64": 283}.get(os.uname().machine)
+    if syscall_number is not None:
+        ctypes.CDLL(None).syscall(syscall_number, register_global_expedited, 0, 0)
