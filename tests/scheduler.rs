@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use iqoqo_dask_worker::net::{ANY_PORT, Connection, Listener};
 use iqoqo_dask_worker::proto::{Address, Key, Status, StreamMessage, Value};
 use iqoqo_dask_worker::scheduler::{
     Attempt, Bandwidth, Beat, Config, Digests, Error, Identity, Incoming, Interpreter, Location, Lost,
@@ -369,6 +370,88 @@ async fn requests_and_plugins() {
     meanwhile(&mut session, link.retire(&worker.address)).await.unwrap();
     scheduler.becomes("len(s.workers)", json!(0)).await;
     link.unregister(&worker.address, "test").await.unwrap();
+}
+
+/// What a scheduler of our own making does with each connection, in the order in which they come.
+async fn fake_scheduler(
+    answers: Vec<Option<Value>>,
+) -> (Scheduler, tokio::task::JoinHandle<(Vec<Value>, Connection)>) {
+    let config = pool().config().clone();
+    let listener = Listener::bind("127.0.0.1", ANY_PORT, config).await.unwrap();
+    let link_config = Config::new(Location::Address(listener.listen_address()));
+    let link = link(Config { heartbeat_interval: Duration::from_millis(20), ..link_config });
+    let serving = tokio::spawn(async move {
+        let (mut asked, mut first) = (Vec::new(), None);
+        for answer in answers {
+            let mut connection = listener.accept().await.handshake().await.unwrap();
+            asked.push(connection.read().await.unwrap());
+            if let Some(answer) = answer {
+                connection.write(&answer).await.unwrap();
+                first.get_or_insert(connection);
+            }
+        }
+        (asked, first.unwrap())
+    });
+    (link, serving)
+}
+
+fn ok() -> Value {
+    Value::map([("status", "OK".into()), ("time", 1.0.into()), ("heartbeat-interval", 0.01.into())])
+}
+
+#[tokio::test]
+async fn what_a_lost_beat_told_is_told_again() {
+    // registered; a heartbeat whose connection breaks; the next one
+    let (link, serving) = fake_scheduler(vec![Some(ok()), None, Some(ok())]).await;
+    let mut session = register(&link, &identity(141, "w"), Attempt::First).await.unwrap();
+    let driving = async {
+        let mut n = 0.0;
+        loop {
+            if let Incoming::Heartbeat(answer) = session.next().await {
+                n += 1.0;
+                let mut beat = beat();
+                beat.metrics.digests.add("latency", n);
+                beat.metrics.bandwidth.observe("tcp://127.0.0.1:9", None, 2_000_000, 1.0);
+                let _ = answer.send(beat);
+            }
+        }
+    };
+    let serving = async {
+        tokio::select! {
+            served = serving => served.unwrap(),
+            () = driving => unreachable!(),
+        }
+    };
+    let (asked, _connection) = within("three requests", serving).await;
+    let told = asked[2].field("metrics").unwrap();
+    assert_eq!(
+        told.field("digests_total_since_heartbeat").unwrap().field("latency"),
+        Some(&Value::Float(3.0))
+    );
+    let workers = told.field("bandwidth").unwrap().field("workers").unwrap();
+    assert_eq!(workers.as_map().unwrap()[0].1, Value::List(vec![4e6.into(), 2.into()]));
+}
+
+#[tokio::test]
+async fn answers_that_make_no_sense() {
+    let error = Value::map([("status", "error".into()), ("message", "not today".into())]);
+    let failed = Value::map([
+        ("status", "uncaught-error".into()),
+        ("exception_text", "ValueError('Worker already exists tcp://...')".into()),
+    ]);
+    for (answer, text) in
+        [(error, "not today"), (failed, "still registered"), (17.into(), "unexpected answer")]
+    {
+        let (link, _serving) = fake_scheduler(vec![Some(answer)]).await;
+        let error = register(&link, &identity(151, "w"), Attempt::First).await.err().unwrap();
+        assert!(error.to_string().contains(text), "{error}");
+    }
+    let (link, serving) = fake_scheduler(vec![Some(ok())]).await;
+    let mut session = register(&link, &identity(151, "w"), Attempt::First).await.unwrap();
+    let (_, mut connection) = within("registering", serving).await.unwrap();
+    let message = Value::map([("op", "compute-task".into()), ("key", "x".into())]);
+    connection.write(&Value::List(vec![message])).await.unwrap();
+    assert!(matches!(lost(&mut session).await, Lost::Malformed(_)));
 }
 
 #[tokio::test]
