@@ -16,6 +16,9 @@ use crate::proto::Address;
 /// First upper bound of the random pause between two attempts; doubles with each.
 const BACKOFF: Duration = Duration::from_millis(10);
 
+/// Longest upper bound: a scheduler or peer that comes up is met within about a second, however long it was away.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
 /// Head start of one address of a name before the next is tried as well (as tornado's `TCPClient`).
 const HEAD_START: Duration = Duration::from_millis(300);
 
@@ -43,7 +46,7 @@ pub async fn connect(address: &Address, config: &Config) -> Result<Connection, E
         cap = config.connect_timeout;
         let left = deadline.saturating_duration_since(Instant::now());
         let pause = ceiling.min(left).mul_f64(fastrand::f64());
-        ceiling = ceiling.saturating_mul(2);
+        ceiling = (ceiling * 2).min(BACKOFF_MAX);
         debug!("could not connect to {address}, waiting for {pause:?} before retrying");
         sleep(pause).await;
     }
