@@ -140,6 +140,12 @@ impl Object {
         self.0.nbytes
     }
 
+    /// The same object, of another size by Dask's `sizeof`: known only once Python has looked at it.
+    pub fn with_nbytes(&self, nbytes: u64) -> Self {
+        let Inner { kind, header, frames, .. } = &*self.0;
+        Object::new(*kind, header.clone(), frames.clone(), nbytes)
+    }
+
     /// Bytes in shared memory.
     pub fn shared_bytes(&self) -> u64 {
         self.sum(|frame| frame.segment().is_some())

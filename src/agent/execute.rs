@@ -1,0 +1,315 @@
+//! Tasks on their way to runners and back: handed out when the state machine starts them, or ahead of that.
+
+use std::sync::Arc;
+
+use tracing::{error, info, warn};
+
+use super::Error;
+use super::ahead::DEPTH_MAX;
+use super::driver::{Driver, End, WORKER};
+use super::gather::raised;
+use crate::exec::{self, Cause, Job, Recall, Stream};
+use crate::proto::{Key, RunId, Value};
+use crate::scheduler::now;
+use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName, Task, TypeInfo};
+use crate::telemetry::CauseLabel;
+
+/// Executors that a stock worker has (`Worker.executors`).
+const EXECUTORS: [&str; 3] = ["actor", "default", "offload"];
+/// Attempts to start the interpreter before the worker gives up.
+const INTERPRETER_ATTEMPTS: u32 = 3;
+
+impl Driver {
+    /// Runs a task: the state machine has started it.
+    pub(super) fn execute(&mut self, key: Key) {
+        let Some(task) = self.state.task(&key) else { return };
+        let run_id = task.run_id();
+        self.state.set_start_time(&key, now());
+        self.running.insert(key.clone(), run_id);
+        if let Some((handed, outcome)) = self.ahead.take(&key).filter(|(handed, _)| handed.run_id == run_id) {
+            if let Some(outcome) = outcome {
+                self.due.push(outcome);
+                return;
+            }
+            // where it has not begun, another runner than the one it waits for has become free
+            if handed.begun || self.pool.try_recall(&key) == Recall::Started {
+                return;
+            }
+        }
+        match self.job(&key) {
+            Ok(job) => self.pool.submit(job),
+            Err(error) => self.refuse(key, run_id, *error),
+        }
+    }
+
+    /// A task that cannot be given to a runner.
+    fn refuse(&mut self, key: Key, run_id: RunId, error: ErrorMessage) {
+        error!(target: WORKER, "cannot run {key:?}: {}", error.exception_text);
+        self.due.push(exec::Event::Failed(Box::new(exec::Failed {
+            key,
+            run_id,
+            exception: (*error.exception).clone(),
+            traceback: None,
+            exception_text: error.exception_text,
+            traceback_text: error.traceback_text,
+            start: None,
+            stop: None,
+            thread: None,
+        })));
+    }
+
+    /// A task with its inputs, or why it cannot be run.
+    fn job(&self, key: &Key) -> Result<Job, Box<ErrorMessage>> {
+        let fail = |name, text: String| Err(Box::new(raised(name, text)));
+        let Some((task, run_spec)) = self.state.task(key).and_then(|t| Some((t, t.run_spec()?.clone())))
+        else {
+            return fail("KeyError", format!("{key:?}"));
+        };
+        if task.is_actor() {
+            return fail("NotImplementedError", "this worker does not hold actors yet".into());
+        }
+        let annotations = task.annotations().cloned().unwrap_or_else(|| Arc::new(Value::Nil));
+        if let Some(executor) = annotations.field("executor").and_then(Value::as_str)
+            && !EXECUTORS.contains(&executor)
+        {
+            let known = "['actor', 'default', 'offload']";
+            return fail("ValueError", format!("Invalid executor '{executor}'; expected one of: {known}"));
+        }
+        let mut inputs = Vec::new();
+        for dependency in self.state.dependencies(task) {
+            let Some(object) = self.shared.store.get(dependency) else {
+                return fail("KeyError", format!("{dependency:?}"));
+            };
+            inputs.push((dependency.clone(), object));
+        }
+        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations })
+    }
+
+    /// Gives busy runners what comes next, so that they need not wait for it.
+    pub(super) fn hand_ahead(&mut self) {
+        let slots = self.state.config().nthreads;
+        if !self.state.is_running() || self.ahead.len() >= slots * DEPTH_MAX || self.state.ready_count() == 0
+        {
+            return;
+        }
+        for key in self.state.peek_ready(slots * DEPTH_MAX) {
+            if self.ahead.get(&key).is_some() {
+                continue;
+            }
+            let Some(task) = self.state.task(&key) else { continue };
+            if self.ahead.len() >= slots * self.ahead.depth(task.prefix()) {
+                return;
+            }
+            // what cannot be run says so when its turn comes
+            let Ok(job) = self.job(&key) else { continue };
+            let run_id = job.run_id;
+            if self.pool.prefetch(job).is_err() {
+                return;
+            }
+            self.ahead.hand(key, run_id);
+        }
+    }
+
+    /// Takes tasks back that were handed out ahead. What has begun goes on, and nobody waits for it.
+    pub(super) fn withdraw(&mut self, keys: &[Key]) {
+        if self.ahead.len() == 0 {
+            return;
+        }
+        for key in keys {
+            if self.ahead.take(key).is_some() {
+                self.pool.try_recall(key);
+            }
+        }
+    }
+
+    /// Takes back all that has not begun, as when the worker pauses.
+    pub(super) fn recall_all(&mut self) {
+        for key in self.ahead.keys() {
+            if self.pool.try_recall(&key) == Recall::Recalled {
+                self.ahead.take(&key);
+            }
+        }
+    }
+
+    /// Whether a runner was handed `key` ahead and has begun it, so that it cannot be taken back.
+    pub(super) fn has_begun(&mut self, key: &Key) -> bool {
+        match self.ahead.get(key) {
+            None => false,
+            Some(handed) if handed.begun => true,
+            Some(_) if self.pool.try_recall(key) == Recall::Recalled => {
+                self.ahead.take(key);
+                false
+            }
+            Some(_) => true,
+        }
+    }
+
+    /// Tells the scheduler that a task runs, so it cannot be had: that the state machine calls it ready is our affair.
+    pub(super) fn refuse_to_give(&mut self, key: &Key, stimulus_id: &Arc<str>) {
+        let report = Report::StealResponse { key: key.clone(), state: Some(StateName::Executing) };
+        let message = SchedulerMessage { stimulus_id: stimulus_id.clone(), report };
+        self.session.sender().send(message.to_value());
+    }
+
+    /// Something that a runner did.
+    pub(super) fn outcome(&mut self, event: exec::Event) {
+        match event {
+            exec::Event::Started { key } => {
+                self.ahead.begin(&key);
+                self.state.promote(&key);
+            }
+            exec::Event::Output(line) => self.lines(&line),
+            exec::Event::ToScheduler(message) => self.session.sender().send(message),
+            exec::Event::Seceded { key, compute_duration } => {
+                if self.running.contains_key(&key) {
+                    self.apply_own("secede", EventKind::Secede { key, compute_duration });
+                }
+            }
+            exec::Event::Skipped { key, run_id } => self.skipped(&key, run_id),
+            exec::Event::RunnerDied { pid, cause, key, requeued } => {
+                self.died(pid, &cause, key.as_ref());
+                for key in requeued {
+                    self.requeue(&key);
+                }
+            }
+            exec::Event::InterpreterReady { python, distributed } => {
+                tracing::debug!("runners have Python {python} and distributed {distributed}");
+            }
+            exec::Event::InterpreterFailed { text, attempts } => {
+                error!("the interpreter ended before it was ready (attempt {attempts}): {text}");
+                if attempts >= INTERPRETER_ATTEMPTS {
+                    self.end = Some(End::Failed(Error::Interpreter { text }));
+                }
+            }
+            exec::Event::Finished(_) | exec::Event::Failed(_) | exec::Event::Reschedule { .. } => {
+                self.done(event)
+            }
+        }
+    }
+
+    /// The end of a task: told to the state machine when it has started the task, else kept or dropped.
+    fn done(&mut self, event: exec::Event) {
+        let (key, run_id) = match &event {
+            exec::Event::Finished(finished) => (&finished.key, finished.run_id),
+            exec::Event::Failed(failed) => (&failed.key, failed.run_id),
+            exec::Event::Reschedule { key, run_id } => (key, *run_id),
+            _ => return,
+        };
+        if self.running.get(key) == Some(&run_id) {
+            self.running.remove(key);
+            self.deliver(event);
+        } else if self.ahead.get(key).is_some_and(|handed| handed.run_id == run_id) {
+            self.ahead.keep(key.clone(), event);
+        } else {
+            tracing::debug!(target: WORKER, "dropping a late result of {key:?}");
+        }
+    }
+
+    fn deliver(&mut self, event: exec::Event) {
+        match event {
+            exec::Event::Finished(finished) => self.finished(*finished),
+            exec::Event::Failed(failed) => self.failed(*failed),
+            exec::Event::Reschedule { key, .. } => {
+                self.apply_own("reschedule", EventKind::Reschedule { key })
+            }
+            _ => {}
+        }
+    }
+
+    fn finished(&mut self, finished: exec::Finished) {
+        let exec::Finished { key, run_id, object, type_pickled, typename, start, stop, thread, cpu } =
+            finished;
+        if let Some(task) = self.state.task(&key) {
+            let (prefix, span) = (task.prefix().clone(), task.span_id().cloned());
+            self.ahead.took(&prefix, stop - start);
+            self.executed.add(prefix, span, stop - start, cpu);
+        }
+        let nbytes = object.nbytes();
+        self.shared.store.insert(key.clone(), object);
+        let type_ = Some(TypeInfo { pickled: type_pickled, name: typename });
+        let (thread, startstops, metadata) = (Some(thread), Vec::new(), None);
+        let kind = EventKind::ExecuteSuccess {
+            key,
+            run_id,
+            start,
+            stop,
+            nbytes,
+            type_,
+            thread,
+            startstops,
+            metadata,
+        };
+        self.apply_own("task-finished", kind);
+    }
+
+    fn failed(&mut self, failed: exec::Failed) {
+        let exec::Failed { key, run_id, exception, traceback, exception_text, traceback_text, .. } = failed;
+        let task = self.state.task(&key);
+        if let Some(state) = task.map(Task::state_name).filter(|state| *state != StateName::Cancelled) {
+            error!(
+                target: WORKER,
+                "Compute Failed\nKey:       {key}\nState:     {}\nException: {exception_text:?}\nTraceback: {traceback_text:?}\n",
+                state.as_str(),
+            );
+        }
+        let error = ErrorMessage {
+            exception: Arc::new(exception),
+            traceback: traceback.map(Arc::new),
+            exception_text,
+            traceback_text,
+        };
+        let (start, stop, thread) = (failed.start, failed.stop, failed.thread);
+        self.apply_own("task-erred", EventKind::ExecuteFailure { key, run_id, start, stop, error, thread });
+    }
+
+    /// A runner left a task out that had been recalled too late to be sure of it.
+    fn skipped(&mut self, key: &Key, run_id: RunId) {
+        if self.ahead.get(key).is_some_and(|handed| handed.run_id == run_id) {
+            self.ahead.take(key);
+        } else if self.running.get(key) == Some(&run_id) {
+            self.requeue(key);
+        }
+    }
+
+    /// A task that its runner never began goes to another one.
+    fn requeue(&mut self, key: &Key) {
+        if self.ahead.take(key).is_some() {
+            return;
+        }
+        if let Some(run_id) = self.running.get(key).copied() {
+            match self.job(key) {
+                Ok(job) => self.pool.submit(job),
+                Err(error) => self.refuse(key.clone(), run_id, *error),
+            }
+        }
+    }
+
+    fn died(&self, pid: Option<u32>, cause: &Cause, key: Option<&Key>) {
+        self.shared.metrics.runner_deaths.get_or_create(&label(cause)).inc();
+        let key = key.map(ToString::to_string);
+        warn!(target: "distributed.nanny", key, pid, "a runner {cause}; it is replaced");
+    }
+
+    /// A line that a task or process wrote.
+    fn lines(&self, line: &exec::Line) {
+        let key = line.key.as_ref().map(ToString::to_string);
+        let stream = match line.stream {
+            Stream::Stdout => "stdout",
+            Stream::Stderr => "stderr",
+        };
+        info!(target: "iqoqo.task", key, pid = line.pid, stream, "{}", line.line);
+    }
+}
+
+fn label(cause: &Cause) -> CauseLabel {
+    let cause = match cause {
+        Cause::Exit { .. } => "exit",
+        Cause::Signal { .. } => "signal",
+        Cause::OutOfMemory { .. } => "out-of-memory",
+        Cause::Cancelled => "cancelled",
+        Cause::Nonsense { .. } => "nonsense",
+        Cause::ZygoteLost => "zygote-lost",
+        Cause::NotForked { .. } => "not-forked",
+    };
+    CauseLabel { cause }
+}
