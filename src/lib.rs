@@ -17,9 +17,11 @@
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
 //! | 3 | `scheduler` | registration, stream, heartbeats, versions, system monitor | proto, net, telemetry |
 //! | 3 | `peer` | data server, fetching, worker and nanny ops | proto, wire, net, store, telemetry |
+//! | 4 | `agent` | the driver: events to the state machine, instructions to side effects | everything above |
 //! | 5 | `config` | options, files, environment, interpreter, machine; resolved settings | everything above |
 //! | 6 | `cli`, `main` | command line, exit codes, boot order | everything above |
 
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod exec;

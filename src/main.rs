@@ -7,9 +7,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use iqoqo_dask_worker::cli::{Cli, Command, Exit, check};
+use iqoqo_dask_worker::cli::{Cli, Command, Exit, check, serve};
 use iqoqo_dask_worker::config::{self, Environment, Gathered};
-use iqoqo_dask_worker::sandbox;
+use iqoqo_dask_worker::{sandbox, telemetry};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
@@ -54,9 +54,15 @@ fn check(mut gathered: Gathered) -> Result<Exit, Exit> {
 }
 
 fn run(mut gathered: Gathered) -> Result<Exit, Exit> {
-    gathered.log().map_err(|error| complain(&error))?;
-    gathered.settings().map_err(|error| complain(&error))?;
-    let _ =
-        writeln!(std::io::stderr(), "iqoqo-dask-worker: this build can check, and not join a scheduler yet");
-    Ok(Exit::Software)
+    let log = gathered.log().map_err(|error| complain(&error))?;
+    let settings = gathered.settings().map_err(|error| complain(&error))?;
+    let recent = telemetry::log::start(log).map_err(|error| {
+        // there is no log to say it in
+        let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {error}");
+        Exit::System
+    })?;
+    for remark in gathered.remarks() {
+        tracing::warn!("{remark}");
+    }
+    serve(&settings, &recent)
 }

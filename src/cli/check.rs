@@ -4,7 +4,8 @@ use std::fmt::Display;
 use std::io::{self, Write};
 use std::path::Path;
 
-use crate::config::{Gathered, Scheduler, Settings};
+use crate::config::{Gathered, Settings};
+use crate::scheduler::Location;
 use crate::sys;
 
 /// Writes the report on a configuration that is right.
@@ -13,9 +14,13 @@ use crate::sys;
 /// `out` cannot be written to.
 pub fn report(out: &mut dyn Write, gathered: &Gathered, settings: Option<&Settings>) -> io::Result<()> {
     let python = gathered.python();
-    let [major, minor, micro] = python.version;
+    let [major, minor, micro] = python.interpreter.version_triple();
     let machine = gathered.machine();
-    line(out, "interpreter", format_args!("{}, Python {major}.{minor}.{micro}", python.program.display()))?;
+    line(
+        out,
+        "interpreter",
+        format_args!("{}, Python {major}.{minor}.{micro}", python.interpreter.python.display()),
+    )?;
     line(out, "distributed", &python.distributed)?;
     line(out, "cores", machine.cores)?;
     line(out, "memory", format_args!("{} bytes", machine.memory))?;
@@ -35,8 +40,8 @@ fn line(out: &mut dyn Write, name: &str, value: impl Display) -> io::Result<()> 
 
 fn configuration(out: &mut dyn Write, settings: &Settings) -> io::Result<()> {
     match &settings.scheduler {
-        Scheduler::Address(address) => line(out, "scheduler", address)?,
-        Scheduler::File(path) => line(out, "scheduler file", path.display())?,
+        Location::Address(address) => line(out, "scheduler", address)?,
+        Location::File(path) => line(out, "scheduler file", path.display())?,
     }
     for worker in &settings.workers {
         let limit = worker.memory_limit.map_or("no limit".to_owned(), |bytes| format!("{bytes} bytes"));

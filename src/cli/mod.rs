@@ -5,6 +5,7 @@
 pub mod check;
 mod exit;
 mod pid_file;
+mod serve;
 
 use std::path::PathBuf;
 
@@ -15,6 +16,7 @@ use crate::config::{Node, Source, Value};
 
 pub use exit::Exit;
 pub use pid_file::PidFile;
+pub use serve::serve;
 
 const EXIT_CODES: &str = "\
 Exit codes (sysexits.h):

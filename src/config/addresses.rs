@@ -6,11 +6,12 @@ use std::collections::BTreeSet;
 use std::net::{SocketAddr, ToSocketAddrs};
 
 use crate::proto::Address;
+use crate::scheduler::Location;
 use crate::telemetry;
 
 use super::Error;
 use super::keys::NO_TLS;
-use super::settings::{Bind, Scheduler};
+use super::settings::Bind;
 use super::sources::{Found, Sources, boolean, ports, text};
 
 /// Where a worker listens, and what it tells others.
@@ -30,9 +31,9 @@ pub struct Listen {
 ///
 /// # Errors
 /// Neither is given, the address does not parse, or its scheme is not ours.
-pub fn scheduler(sources: &Sources) -> Result<Scheduler, Error> {
+pub fn scheduler(sources: &Sources) -> Result<Location, Error> {
     if let Some(path) = sources.read("scheduler-file", text)? {
-        return Ok(Scheduler::File(path.into()));
+        return Ok(Location::File(path.into()));
     }
     let found = sources.find("scheduler").ok_or(Error::NoScheduler)?;
     let given = text(&found.node.value).map_err(|reason| found.wrong(reason))?;
@@ -42,7 +43,7 @@ pub fn scheduler(sources: &Sources) -> Result<Scheduler, Error> {
         }
         _ => given,
     };
-    Ok(Scheduler::Address(address(&given, &found)?))
+    Ok(Location::Address(address(&given, &found)?))
 }
 
 fn address(given: &str, found: &Found) -> Result<Address, Error> {

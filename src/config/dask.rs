@@ -38,13 +38,13 @@ const RENAMED: &[(&str, &str)] = &[
 
 /// Everything Dask would read, merged: variables over files, later files over earlier ones.
 ///
-/// `prefixes` are the interpreter's `sys.prefix` and `sys.exec_prefix`.
+/// `prefix` is the interpreter's `sys.prefix`.
 ///
 /// # Errors
 /// A file that is there and is not YAML with a table at the top, or a variable that contradicts another.
-pub fn collect(env: &Environment, prefixes: &[PathBuf]) -> Result<Table, Error> {
+pub fn collect(env: &Environment, prefix: &Path) -> Result<Table, Error> {
     let mut merged = from_environment(env)?;
-    for path in files(&search_path(env, prefixes)).into_iter().rev() {
+    for path in files(&search_path(env, prefix)).into_iter().rev() {
         if let Some(table) = read_file(&path)? {
             merge_below(&mut merged, table);
         }
@@ -59,9 +59,9 @@ pub fn collect(env: &Environment, prefixes: &[PathBuf]) -> Result<Table, Error> 
 }
 
 /// Where Dask looks for files, lowest priority first, as `dask.config._get_paths`.
-fn search_path(env: &Environment, prefixes: &[PathBuf]) -> Vec<PathBuf> {
+fn search_path(env: &Environment, prefix: &Path) -> Vec<PathBuf> {
     let mut paths = vec![PathBuf::from(env.get("DASK_ROOT_CONFIG").unwrap_or("/etc/dask"))];
-    paths.extend(prefixes.iter().map(|prefix| prefix.join("etc/dask")));
+    paths.push(prefix.join("etc/dask"));
     paths.extend(env.home().map(|home| home.join(".config/dask")));
     paths.extend(env.get("DASK_CONFIG").map(PathBuf::from));
     // of a path that is there twice, the last place counts
@@ -203,7 +203,7 @@ mod tests {
             ("DASK_DISTRIBUTED__WORKER__MEMORY__TARGET", "0.4"),
             ("DASK_SCHEDULER_ADDRESS", "tcp://h:1"),
         ]);
-        let table = collect(&env, &[root.join("prefix")]).unwrap();
+        let table = collect(&env, &root.join("prefix")).unwrap();
         let at = |name: &str| root.join(name).display().to_string();
         let memory = |key| show(&table, &format!("distributed.worker.memory.{key}"));
         assert_eq!(
@@ -228,7 +228,7 @@ mod tests {
             ("DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP", "7s"),
             ("DASK_ROOT_CONFIG", "/nonexistent"),
         ]);
-        let table = collect(&env, &[]).unwrap();
+        let table = collect(&env, Path::new("/nonexistent")).unwrap();
         assert!(show(&table, "distributed.comm.timeouts.connect").starts_with("'5s'"));
         assert!(show(&table, "distributed.comm.timeouts.tcp").starts_with("'7s'"));
     }
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn old_names_still_count() {
         let env = Environment::of([("DASK_CONNECT_TIMEOUT", "5s"), ("DASK_ROOT_CONFIG", "/nonexistent")]);
-        let table = collect(&env, &[]).unwrap();
+        let table = collect(&env, Path::new("/nonexistent")).unwrap();
         assert!(show(&table, "distributed.comm.timeouts.connect").starts_with("'5s'"));
     }
 
@@ -247,12 +247,12 @@ mod tests {
         write(&path, "a: b\n c: d\n");
         let env =
             Environment::of([("DASK_CONFIG", path.to_str().unwrap()), ("DASK_ROOT_CONFIG", "/nonexistent")]);
-        let message = collect(&env, &[]).unwrap_err().to_string();
+        let message = collect(&env, Path::new("/nonexistent")).unwrap_err().to_string();
         assert!(message.contains("bad.yaml") && message.contains("line 2"), "{message}");
         write(&path, "[1, 2]");
-        assert!(collect(&env, &[]).unwrap_err().to_string().contains("top level"));
+        assert!(collect(&env, Path::new("/nonexistent")).unwrap_err().to_string().contains("top level"));
         let env =
             Environment::of([("DASK_A", "1"), ("DASK_A__B", "2"), ("DASK_ROOT_CONFIG", "/nonexistent")]);
-        assert!(collect(&env, &[]).unwrap_err().to_string().contains("DASK_A__B"));
+        assert!(collect(&env, Path::new("/nonexistent")).unwrap_err().to_string().contains("DASK_A__B"));
     }
 }

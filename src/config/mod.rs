@@ -5,6 +5,7 @@
 //! is the only thing it does besides reading.
 
 mod addresses;
+mod assemble;
 mod dask;
 #[cfg(test)]
 mod differential;
@@ -17,7 +18,6 @@ pub mod machine;
 mod own;
 pub mod parse;
 mod resolve;
-pub mod scheduler_file;
 mod settings;
 mod sources;
 mod value;
@@ -29,12 +29,10 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 
 pub use env::Environment;
-pub use interpreter::{Interpreter, InterpreterError};
+pub use interpreter::{InterpreterError, Python};
 pub use machine::Machine;
 pub use own::DEFAULT_FILE;
-pub use settings::{
-    Bind, Comm, Lifetime, Memory, Monitor, Name, Runner, Scheduler, Settings, Transfer, Tuning, Worker,
-};
+pub use settings::{Bind, Comm, Lifetime, Memory, Runner, Settings, Transfer, Tuning, Worker};
 pub use sources::Place;
 pub use value::{Node, Source, Value};
 
@@ -108,7 +106,7 @@ pub struct Gathered {
     sources: Sources,
     env: Environment,
     machine: Machine,
-    python: Interpreter,
+    python: Python,
     remarks: Vec<String>,
 }
 
@@ -132,7 +130,7 @@ pub fn gather(
     let mut sources = Sources { options, own, dask: value::Table::new() };
     let python = sources.read("python", sources::text)?.unwrap_or_else(|| "python3".to_owned());
     let python = interpreter::find(&python, &env)?;
-    sources.dask = dask::collect(&env, &python.prefixes)?;
+    sources.dask = dask::collect(&env, &python.interpreter.prefix)?;
     if sources.find("scheduler-file").is_some() && sources.options.contains_key("scheduler") {
         remarks.push("--scheduler-file counts, the scheduler address given besides does not".to_owned());
     }
@@ -163,7 +161,7 @@ impl Gathered {
     }
 
     /// The interpreter that runs the tasks.
-    pub fn python(&self) -> &Interpreter {
+    pub fn python(&self) -> &Python {
         &self.python
     }
 

@@ -2,15 +2,19 @@
 //!
 //! Follows `distributed/cli/dask_worker.py` and the constructors of `Worker` and `Nanny`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::exec;
+use crate::scheduler::{MonitorConfig, Name};
 use crate::wire::Compression;
 
 use super::Error;
 use super::addresses;
 use super::env::Environment;
-use super::interpreter::Interpreter;
+use super::interpreter::Python;
 use super::machine::Machine;
 use super::parse::{Unit, nprocesses_nthreads, parse_memory_limit, python_int};
 use super::settings::*;
@@ -26,9 +30,6 @@ const PRE_SPAWN: &[(&str, &str)] = &[
     ("MKL_NUM_THREADS", "1"),
     ("OPENBLAS_NUM_THREADS", "1"),
 ];
-/// Hashes must agree between hosts; the number is Dask's own (`distributed/nanny.py`).
-const HASH_SEED: &str = "6640";
-
 /// Resolves everything; `remarks` collects what an operator should know and no value is wrong about.
 ///
 /// # Errors
@@ -37,7 +38,7 @@ pub fn resolve(
     sources: &Sources,
     env: &Environment,
     machine: Machine,
-    python: Interpreter,
+    python: Python,
     remarks: &mut Vec<String>,
 ) -> Result<Settings, Error> {
     sources.refuse_unsupported()?;
@@ -51,14 +52,14 @@ pub fn resolve(
         bind: addresses.bind,
         contact_address: addresses.contact,
         nanny,
-        resources: sources.read("resources", resources)?.unwrap_or_default(),
+        resources: resources_of(sources)?,
         death_timeout: sources.read("death-timeout", duration(Unit::Seconds))?.filter(|d| !d.is_zero()),
         lifetime: lifetime(sources)?,
         dashboard: addresses::dashboard(sources)?,
         pid_file: sources.read("pid-file", text)?.map(PathBuf::from),
         scratch: scratch(sources, env)?,
         use_file_locking: sources.read("worker.use-file-locking", boolean)?.unwrap_or(true),
-        runner: Runner { python, environ: environ(sources, env)?, threads_per_runner: 1 },
+        runner: Runner { python, environment: environment(sources, env)?, threads_per_runner: 1 },
         memory: memory(sources)?,
         transfer: transfer(sources)?,
         comm: comm(sources)?,
@@ -133,13 +134,15 @@ fn workers(
     let memory_limit = memory_limit(sources, nthreads, machine, remarks)?;
     let ports = addresses.apportion(n, nanny)?;
     let name = sources.read("name", text)?.map(|text| match python_int(&text) {
-        Some(i) => Name::Int(i),
-        None => Name::Text(text),
+        Some(i) => Name::Number(i),
+        None => Name::Text(text.into()),
     });
     let worker = |(i, (worker_ports, nanny_ports))| {
         let name = match &name {
-            Some(Name::Int(number)) if n > 1 => Some(Name::Text(format!("{number}-{i}"))),
-            Some(Name::Text(text)) if n > 1 && !text.is_empty() => Some(Name::Text(format!("{text}-{i}"))),
+            Some(Name::Number(number)) if n > 1 => Some(Name::Text(format!("{number}-{i}").into())),
+            Some(Name::Text(text)) if n > 1 && !text.is_empty() => {
+                Some(Name::Text(format!("{text}-{i}").into()))
+            }
             alone => alone.clone(),
         };
         Worker { name, nthreads, memory_limit, worker_ports, nanny_ports }
@@ -166,6 +169,11 @@ fn memory_limit(
     Ok(limit.bytes)
 }
 
+fn resources_of(sources: &Sources) -> Result<Vec<(Arc<str>, f64)>, Error> {
+    let pairs = sources.read("resources", resources)?.unwrap_or_default();
+    Ok(pairs.into_iter().map(|(name, amount)| (name.into(), amount)).collect())
+}
+
 fn lifetime(sources: &Sources) -> Result<Option<Lifetime>, Error> {
     let seconds = || duration(Unit::Seconds);
     let stagger = sources.read("lifetime-stagger", seconds())?.unwrap_or_default();
@@ -185,39 +193,17 @@ fn scratch(sources: &Sources, env: &Environment) -> Result<PathBuf, Error> {
     Ok(std::path::absolute(&folder).unwrap_or(folder))
 }
 
-/// `distributed/nanny.py: _get_env_variables`: the configured ones, but for those the daemon itself was given.
-fn environ(sources: &Sources, env: &Environment) -> Result<Vec<(String, String)>, Error> {
-    let mut pre_spawn: Vec<(String, Option<String>)> =
-        PRE_SPAWN.iter().map(|(name, value)| ((*name).to_owned(), Some((*value).to_owned()))).collect();
-    let mut late = Vec::new();
-    for (name, table) in [("nanny-pre-spawn-environ", &mut pre_spawn), ("nanny-environ", &mut late)] {
+/// What `distributed.nanny.pre-spawn-environ` and `environ` set in Python processes; `null` takes a variable out.
+fn environment(sources: &Sources, env: &Environment) -> Result<Vec<(OsString, OsString)>, Error> {
+    let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+    let mut configured: Vec<(String, String)> = PRE_SPAWN.iter().map(owned).collect();
+    for name in ["nanny-pre-spawn-environ", "nanny-environ"] {
         for (variable, value) in sources.read(name, variables)?.unwrap_or_default() {
-            table.retain(|(known, _)| *known != variable);
-            table.push((variable, value));
+            configured.retain(|(known, _)| *known != variable);
+            configured.extend(value.map(|value| (variable, value)));
         }
     }
-    let mut result: Vec<(String, String)> = Vec::new();
-    let mut set = |name: String, value: String| {
-        result.retain(|(known, _)| *known != name);
-        result.push((name, value));
-    };
-    let given = |name: &str, value: String| env.get(name).map_or(value, str::to_owned);
-    let mut seed = None;
-    for (name, value) in pre_spawn {
-        let Some(value) = value.map(|value| given(&name, value)) else { continue };
-        if name == "PYTHONHASHSEED" {
-            seed = Some(value);
-        } else {
-            set(name, value);
-        }
-    }
-    set("PYTHONHASHSEED".into(), seed.filter(|seed| seed != "0").unwrap_or(HASH_SEED.into()));
-    for (name, value) in late {
-        if let Some(value) = value.map(|value| given(&name, value)) {
-            set(name, value);
-        }
-    }
-    Ok(result)
+    Ok(exec::nanny_environment(&configured, |name| env.get(name).map(OsString::from)))
 }
 
 fn memory(sources: &Sources) -> Result<Memory, Error> {
@@ -277,11 +263,12 @@ fn tuning(sources: &Sources) -> Result<Tuning, Error> {
     })
 }
 
-fn monitor(sources: &Sources) -> Result<Monitor, Error> {
+fn monitor(sources: &Sources) -> Result<MonitorConfig, Error> {
     let interval = sources.read("monitor.interval", duration(Unit::Seconds))?;
-    Ok(Monitor {
+    let kept = |value: &Value| count(1)(value).map(Some);
+    Ok(MonitorConfig {
         interval: interval.unwrap_or(Duration::from_millis(500)),
-        log_length: sources.read("monitor.log-length", count(1))?.unwrap_or(7200),
+        log_length: sources.read("monitor.log-length", kept)?.unwrap_or(Some(7200)),
         disk: sources.read("monitor.disk", boolean)?.unwrap_or(true),
         host_cpu: sources.read("monitor.host-cpu", boolean)?.unwrap_or(false),
     })

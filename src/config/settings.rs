@@ -2,21 +2,23 @@
 //!
 //! No source is read here and nothing is bound; a bad value names the place it comes from.
 
-use std::fmt;
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::proto::Address;
+use crate::scheduler::{Location, MonitorConfig, Name};
 use crate::telemetry;
 use crate::wire::Compression;
 
-use super::interpreter::Interpreter;
+use super::interpreter::Python;
 
 /// Everything the daemon needs to know before it starts.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The scheduler to join.
-    pub scheduler: Scheduler,
+    pub scheduler: Location,
     /// The workers of this daemon; more than one with `--nworkers`.
     pub workers: Vec<Worker>,
     /// Address a listener takes.
@@ -26,7 +28,7 @@ pub struct Settings {
     /// Whether each worker has a nanny's address too.
     pub nanny: bool,
     /// Abstract resources of each worker.
-    pub resources: Vec<(String, f64)>,
+    pub resources: Vec<(Arc<str>, f64)>,
     /// How long to look for a scheduler, at start and after a loss; `None` for ever.
     pub death_timeout: Option<Duration>,
     /// When to leave by itself.
@@ -50,34 +52,7 @@ pub struct Settings {
     /// The state machine and the handlers around it.
     pub tuning: Tuning,
     /// System metrics.
-    pub monitor: Monitor,
-}
-
-/// Where the scheduler is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Scheduler {
-    /// At this address.
-    Address(Address),
-    /// At the address in this file, which `dask scheduler --scheduler-file` writes; it may not be there yet.
-    File(PathBuf),
-}
-
-/// A worker's name; Dask makes an integer of what looks like one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Name {
-    /// An integer
-    Int(i64),
-    /// Text
-    Text(String),
-}
-
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Name::Int(number) => write!(f, "{number}"),
-            Name::Text(text) => f.write_str(text),
-        }
-    }
+    pub monitor: MonitorConfig,
 }
 
 /// One worker of the daemon.
@@ -121,9 +96,9 @@ pub struct Lifetime {
 #[derive(Clone, Debug)]
 pub struct Runner {
     /// Their interpreter.
-    pub python: Interpreter,
+    pub python: Python,
     /// Environment variables on top of the daemon's own, as a stock nanny sets them.
-    pub environ: Vec<(String, String)>,
+    pub environment: Vec<(OsString, OsString)>,
     /// Tasks at once in one runner.
     pub threads_per_runner: usize,
 }
@@ -188,17 +163,4 @@ pub struct Tuning {
     pub story_length: usize,
     /// Whether invariants are checked at each step.
     pub validate: bool,
-}
-
-/// System metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Monitor {
-    /// Time between two samples.
-    pub interval: Duration,
-    /// Samples kept.
-    pub log_length: usize,
-    /// Whether disk traffic of the host is measured.
-    pub disk: bool,
-    /// Whether CPU use of the host is measured in detail.
-    pub host_cpu: bool,
 }
