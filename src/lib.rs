@@ -11,7 +11,7 @@
 //! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
 //! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 1 | `scratch` | work directories on disk: locks, clean-up | - |
-//! | 1 | `systemd` | sd_notify, watchdog | sys |
+//! | 1 | `systemd` | what a service manager is told: ready, status, alive | - |
 //! | 1 | `sandbox` | the stub that Python processes are executed through | sys |
 //! | 2 | `exec` | zygote, runners, service process, and the messages to them | proto, wire, sys, sandbox, store, telemetry |
 //! | 2 | `net` | dialling, listening, connections, pool, batched stream | proto, wire, telemetry |
