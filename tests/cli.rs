@@ -182,7 +182,7 @@ fn an_unusable_interpreter_says_what_to_do() {
     let run = |python: &str| Shell::new().run(&[SCHEDULER, "--python", python]);
     run("/nonexistent/python").says(78, &["no Python interpreter /nonexistent/python", "--python"]);
     run("/etc/passwd").says(78, &["not an executable file"]);
-    run("/bin/true").says(78, &["does not work as a Python interpreter"]);
+    run("/bin/true").says(78, &["interpreter /bin/true", "failed", "--python"]);
     let shell = Shell::new();
     let bare = shell.dir.path().join("venv");
     let made = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python"))

@@ -2,35 +2,56 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use serde_json::{Value as Json, json};
 
 use super::addresses::test_apportion;
 use super::env::Environment;
+use super::keys::SETTINGS;
 use super::literal::interpret;
 use super::parse::*;
-use super::value::{Source, Value, lookup};
-use super::{dask, sources, yaml};
+use super::sources::Sources;
+use super::value::{Source, Table, Value, lookup};
+use super::{dask, resolve, sources, yaml};
 
-/// The answers of `tests/config/oracle.py`, in the virtual environment of this repository.
-fn ask(requests: &[Json]) -> Vec<Json> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = root.join(".venv/bin/python");
-    let child = Command::new(&python)
-        .arg(root.join("tests/config/oracle.py"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| {
-            panic!("{} does not run ({error}): make it with the pinned test requirements", python.display())
+/// `tests/config/oracle.py` in the virtual environment of this repository; it ends when its standard input does.
+struct Oracle {
+    _process: Child,
+    requests: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Oracle {
+    fn start() -> Mutex<Self> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = root.join(".venv/bin/python");
+        let child = Command::new(&python)
+            .args(["-W", "ignore"])
+            .arg(root.join("tests/config/oracle.py"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
+        let mut process = child.unwrap_or_else(|error| {
+            panic!("{}: {error}; make it with the pinned test requirements", python.display())
         });
-    serde_json::to_writer(child.stdin.as_ref().unwrap(), requests).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success());
-    serde_json::from_slice(&output.stdout).unwrap()
+        let (requests, answers) = (process.stdin.take().unwrap(), process.stdout.take().unwrap());
+        Mutex::new(Oracle { _process: process, requests, answers: BufReader::new(answers) })
+    }
+}
+
+/// The oracle's answers.
+fn ask(requests: &[Json]) -> Vec<Json> {
+    static ORACLE: LazyLock<Mutex<Oracle>> = LazyLock::new(Oracle::start);
+    let mut oracle = ORACLE.lock().unwrap();
+    let text = serde_json::to_string(requests).unwrap();
+    writeln!(oracle.requests, "{text}").unwrap();
+    let mut answers = String::new();
+    oracle.answers.read_line(&mut answers).unwrap();
+    serde_json::from_str(&answers).unwrap()
 }
 
 fn ok<T>(result: Result<T, String>, show: impl FnOnce(T) -> Json) -> Json {
@@ -244,6 +265,27 @@ fn yaml_scalars_and_documents() {
     requests.push(json!(["yaml", defaults[1]]));
     let path = Arc::from(Path::new("test.yaml"));
     compare(requests, |r| ok(yaml::read(r[1].as_str().unwrap(), &path), |node| plain(&node.value)));
+}
+
+/// Keys that Dask reads though its own defaults do not have them.
+const NOT_IN_DEFAULTS: &[&str] = &["scheduler-address", "distributed.logging", "logging"];
+
+#[test]
+fn without_configuration_everything_is_as_dasks_defaults_say() {
+    let mut asked = vec![json!(["defaults"])];
+    let keys = SETTINGS.iter().flat_map(|setting| setting.dask).filter(|key| !NOT_IN_DEFAULTS.contains(key));
+    asked.extend(keys.map(|key| json!(["has", key])));
+    let answers = ask(&asked);
+    for (request, answer) in asked.iter().zip(&answers).skip(1) {
+        assert_eq!(answer, &json!(["ok", true]), "Dask has no key {}", request[1]);
+    }
+    let text = answers[0][1].as_str().unwrap();
+    let Value::Map(defaults) = yaml::read(text, &Arc::from(Path::new("distributed.yaml"))).unwrap().value
+    else {
+        panic!("no table")
+    };
+    let resolved = |dask: Table| resolve::tests::resolved(Sources { dask, ..Sources::default() });
+    assert_eq!(format!("{:#?}", resolved(defaults)), format!("{:#?}", resolved(Table::new())));
 }
 
 #[test]

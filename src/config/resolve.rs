@@ -273,3 +273,149 @@ fn monitor(sources: &Sources) -> Result<MonitorConfig, Error> {
         host_cpu: sources.read("monitor.host-cpu", boolean)?.unwrap_or(false),
     })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(super) mod tests {
+    use super::*;
+    use crate::config::interpreter;
+    use crate::config::keys::SETTINGS;
+    use crate::config::log;
+    use crate::config::value::{Node, Source, Table};
+
+    const MACHINE: Machine = Machine { cores: 6, memory: 12_000_000_000 };
+
+    fn said(value: Value) -> Node {
+        Node::new(value, Source::Option("--test"))
+    }
+
+    fn texts(pairs: &[(&'static str, &str)]) -> Sources {
+        let options = pairs.iter().map(|(name, text)| (*name, said(Value::Str((*text).to_owned()))));
+        Sources { options: options.collect(), ..Sources::default() }
+    }
+
+    fn try_resolve(mut sources: Sources, remarks: &mut Vec<String>) -> Result<Settings, Error> {
+        let python = concat!(env!("CARGO_MANIFEST_DIR"), "/.venv/bin/python");
+        let python = interpreter::find(python, &Environment::default()).unwrap();
+        sources.options.entry("scheduler").or_insert(said(Value::Str("host:1".into())));
+        resolve(&sources, &Environment::default(), MACHINE, python, remarks)
+    }
+
+    /// Settings for these sources on a fixed machine, with a scheduler if they name none.
+    pub fn resolved(sources: Sources) -> Settings {
+        try_resolve(sources, &mut Vec::new()).unwrap()
+    }
+
+    /// Nothing may be accepted and ignored: nonsense for any setting is an error that names it.
+    #[test]
+    fn every_setting_is_read() {
+        for setting in SETTINGS.iter().filter(|setting| setting.name != "python") {
+            let nonsense = Table::from([("x".to_owned(), said(Value::List(vec![said(Value::Null)])))]);
+            let mut sources = Sources::default();
+            // our own file's values: options come before them, and are the same for most
+            sources.own.values.insert(setting.name.to_owned(), said(Value::Map(nonsense)));
+            if setting.name == "contact-address" {
+                sources.options.insert("listen-address", said(Value::Str("tcp://h:1".into())));
+            }
+            if setting.name == "scheduler" {
+                sources.options.insert("scheduler", said(Value::Map(Table::new())));
+            }
+            let error = match log::read(&sources, &mut Vec::new()) {
+                Err(error) => error,
+                Ok(_) => try_resolve(sources, &mut Vec::new()).expect_err(setting.name),
+            };
+            assert!(
+                matches!(error, Error::Value { .. } | Error::Refused { .. }),
+                "{}: {error}",
+                setting.name
+            );
+        }
+    }
+
+    #[test]
+    fn threads_and_memory_are_shared_out() {
+        let share = |pairs: &[(&'static str, &str)]| {
+            let settings = resolved(texts(pairs));
+            let first = &settings.workers[0];
+            (settings.workers.len(), first.nthreads, first.memory_limit)
+        };
+        assert_eq!(share(&[]), (1, 6, Some(12_000_000_000)));
+        assert_eq!(share(&[("nworkers", "2")]), (2, 3, Some(6_000_000_000)));
+        assert_eq!(share(&[("nworkers", "-2")]), (5, 1, Some(2_000_000_000)));
+        assert_eq!(share(&[("nworkers", "auto")]), (3, 2, Some(4_000_000_000)));
+        // as in Dask, more workers than cores get all of them each
+        assert_eq!(share(&[("nworkers", "7")]), (7, 6, Some(12_000_000_000)));
+        assert_eq!(share(&[("nthreads", "2"), ("memory-limit", "0.5")]), (1, 2, Some(6_000_000_000)));
+        assert_eq!(share(&[("memory-limit", "0")]), (1, 6, None));
+    }
+
+    #[test]
+    fn what_is_overruled_is_remarked_on() {
+        let mut remarks = Vec::new();
+        let pairs = [("nworkers", "auto"), ("nthreads", "5"), ("memory-limit", "1TB")];
+        let settings = try_resolve(texts(&pairs), &mut remarks).unwrap();
+        assert_eq!(settings.workers[0].memory_limit, Some(MACHINE.memory));
+        assert_eq!(remarks.len(), 2, "{remarks:?}");
+    }
+
+    #[test]
+    fn names_are_numbered() {
+        let names = |pairs: &[(&'static str, &str)]| {
+            let workers = resolved(texts(pairs)).workers;
+            workers.into_iter().map(|worker| worker.name).collect::<Vec<_>>()
+        };
+        let text = |text: &str| Some(Name::Text(text.into()));
+        assert_eq!(names(&[]), [None]);
+        assert_eq!(names(&[("name", "w")]), [text("w")]);
+        assert_eq!(names(&[("name", " 07 ")]), [Some(Name::Number(7))]);
+        assert_eq!(names(&[("name", "7"), ("nworkers", "2")]), [text("7-0"), text("7-1")]);
+        assert_eq!(names(&[("name", "w"), ("nworkers", "2")]), [text("w-0"), text("w-1")]);
+    }
+
+    #[test]
+    fn where_to_listen_and_what_to_tell() {
+        let listen = |pairs: &[(&'static str, &str)]| {
+            let settings = resolved(texts(pairs));
+            let contact = settings.contact_address.map(|address| address.to_string());
+            (settings.bind, settings.workers[0].worker_ports.clone(), contact)
+        };
+        let host = |text: &str| Bind::Host(text.to_owned());
+        assert_eq!(listen(&[]), (Bind::Auto, vec![0], None));
+        assert_eq!(listen(&[("host", "10.0.0.1:80")]), (host("10.0.0.1"), vec![80], None));
+        assert_eq!(listen(&[("host", "tcp://[::1]")]), (host("::1"), vec![0], None));
+        assert_eq!(listen(&[("interface", "lo")]).0, host("127.0.0.1"));
+        assert_eq!(listen(&[("listen-address", "tcp://:80")]), (Bind::All, vec![80], None));
+        assert_eq!(listen(&[("listen-address", "tcp://0.0.0.0:80")]), (host("0.0.0.0"), vec![80], None));
+        let told = Some("tcp://10.0.0.1:80".to_owned());
+        assert_eq!(listen(&[("listen-address", "tcp://10.0.0.1:80")]), (host("10.0.0.1"), vec![80], told));
+        let both = [("listen-address", "tcp://:80"), ("contact-address", "tcp://h:81")];
+        assert_eq!(listen(&both).2.as_deref(), Some("tcp://h:81"));
+    }
+
+    #[test]
+    fn variables_of_python_processes() {
+        let table = |pairs: &[(&str, Value)]| {
+            Value::Map(pairs.iter().map(|(name, value)| ((*name).to_owned(), said(value.clone()))).collect())
+        };
+        let mut sources = Sources::default();
+        let pre_spawn = table(&[("OMP_NUM_THREADS", Value::Null), ("A", Value::Int(1))]);
+        sources.own.values.insert("nanny-pre-spawn-environ".into(), said(pre_spawn));
+        sources.own.values.insert("nanny-environ".into(), said(table(&[("A", Value::Bool(true))])));
+        let environment = resolved(sources).runner.environment;
+        let get = |name: &str| {
+            environment.iter().find(|(known, _)| known == name).map(|(_, v)| v.to_str().unwrap())
+        };
+        assert_eq!(get("A"), Some("True"));
+        assert_eq!(get("OMP_NUM_THREADS"), None);
+        assert_eq!((get("MKL_NUM_THREADS"), get("PYTHONHASHSEED")), (Some("1"), Some("6640")));
+    }
+
+    #[test]
+    fn scratch_space_has_dasks_name() {
+        let scratch = |pairs: &[(&'static str, &str)]| resolved(texts(pairs)).scratch;
+        assert_eq!(scratch(&[]), PathBuf::from("/tmp/dask-scratch-space"));
+        assert_eq!(scratch(&[("local-directory", "/data")]), PathBuf::from("/data/dask-scratch-space"));
+        let named = "/data/dask-scratch-space/x";
+        assert_eq!(scratch(&[("local-directory", named)]), PathBuf::from(named));
+    }
+}

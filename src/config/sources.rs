@@ -78,7 +78,7 @@ impl Sources {
         if let Some(node) = ours.find(|node| !silent(node)) {
             return Some(Found { node, key: name });
         }
-        // a name that is not in the table is a slip in `settings`, and its tests find it
+        debug_assert!(setting(name).is_some(), "{name} is not in the table of settings");
         let known: &'static Setting = setting(name)?;
         let mut in_dask =
             known.dask.iter().filter_map(|key| Some(Found { node: lookup(&self.dask, key)?, key }));

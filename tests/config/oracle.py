@@ -1,6 +1,7 @@
 """Answers what Dask and PyYAML make of texts: the reference for our own parsers.
 
-Reads one JSON list of requests `[kind, argument...]` and writes the list of answers, `["ok", value]` or `["error"]`.
+Each line in is a JSON list of requests `[kind, argument...]`, each line out the list of answers,
+`["ok", value]` or `["error"]`.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ ANSWERS = {
     "literal": literal,
     "yaml": lambda text: plain(yaml.safe_load(text)),
     "collect": collect,
+    "has": lambda key: dask.config.get(key, "nothing") != "nothing",
     "defaults": lambda: Path(distributed.__file__).with_name("distributed.yaml").read_text(),
 }
 
@@ -109,4 +111,5 @@ def answer(kind: str, *arguments: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    json.dump([answer(*request) for request in json.load(sys.stdin)], sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps([answer(*request) for request in json.loads(line)]), flush=True)
