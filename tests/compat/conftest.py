@@ -1,4 +1,4 @@
-"""Fixtures of the behaviour tests: the kinds of cluster a test runs on, their order, what is cleaned up after.
+"""Fixtures of the behaviour tests: the kinds of cluster a test runs on, their order, and the cleaning up.
 
 Every test runs on stock ``dask worker`` first. A test that fails there is a wrong test, and says so for the
 other kinds.

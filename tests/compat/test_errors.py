@@ -395,8 +395,8 @@ def test_dependent_of_an_unpicklable_result_on_the_same_worker(client, cluster):
 @pytest.mark.kinds(*PAIR)
 @pytest.mark.parametrize("direction", ["a-to-b", "b-to-a"])
 def test_dependent_of_an_unpicklable_result_on_another_worker(client, cluster, direction):
-    """Stock fails to read what it received, tells the scheduler so of a key that it thinks is fine, and waits for
-    ever. Ours does not read what it receives; the task that does errs."""
+    """Stock fails to read what it received, tells the scheduler so of a key that it thinks is fine, and waits
+    for ever. Ours does not read what it receives; the task that does errs."""
     here, there = cluster.workers if direction == "a-to-b" else reversed(cluster.workers)
     lock = client.submit(threading.Lock, workers=[here.address], pure=False)
     future = client.submit(lambda lock: lock.locked(), lock, workers=[there.address])
