@@ -45,6 +45,13 @@ ALL = ("stock", "ours", "ours2", "mixed")
 SOLO = ("stock", "ours")
 PAIR = ("stock", "ours2", "mixed")
 
+#: Rebalancing looks at the data alone, so that little data is enough to make it act.
+SCHEDULER_CONFIG = {
+    "distributed.worker.memory.rebalance.measure": "managed",
+    "distributed.worker.memory.rebalance.sender-min": 0.0,
+    "distributed.worker.memory.rebalance.sender-recipient-gap": 0.0,
+}
+
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
 
@@ -374,7 +381,7 @@ class Cluster:
         self.launcher = Launcher(kind, directory)
         self.control: Client | None = None
         try:
-            self.scheduler = self.launcher.scheduler()
+            self.scheduler = self.launcher.scheduler(config=SCHEDULER_CONFIG)
             self.address: str = self.scheduler.address  # type: ignore[attr-defined]
             self.workers = [
                 self.launcher.worker(
