@@ -24,6 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "kinds(*names): the kinds of cluster this test makes sense on (default: all)"
     )
+    config.addinivalue_line(
+        "markers", "scheduler(**config): the configuration of the scheduler, __ for a dot"
+    )
     unknown = set(selected(config)) - set(ALL)
     if unknown:
         raise pytest.UsageError(f"--kinds: no such kind: {', '.join(sorted(unknown))}")
@@ -194,7 +197,59 @@ class Offsets:
         self.launcher = launcher
 
     def __iter__(self) -> Iterator[tuple[Process, int]]:
-        return iter([(p, 0) for p in self.launcher.processes])
+        return iter([*self.launcher.seen, *((p, 0) for p in self.launcher.processes)])
+
+
+class Schedulers:
+    """Schedulers without workers of their own, one for each configuration, kept for the whole run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.launcher = Launcher("stock", directory)
+        self.running: dict[str, Process] = {}
+
+    def get(self, **config: Any) -> Process:
+        key = repr(sorted(config.items()))
+        if key not in self.running or not self.running[key].running:
+            self.running[key] = self.launcher.scheduler(
+                config={k.replace("__", "."): v for k, v in config.items()}
+            )
+        return self.running[key]
+
+    def drop(self, process: Process) -> None:
+        process.kill()
+        self.running = {k: p for k, p in self.running.items() if p is not process}
+
+
+@pytest.fixture(scope="session")
+def schedulers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Schedulers]:
+    schedulers = Schedulers(tmp_path_factory.mktemp("schedulers"))
+    try:
+        yield schedulers
+    finally:
+        schedulers.launcher.close()
+
+
+@pytest.fixture
+def scheduler(request: pytest.FixtureRequest, schedulers: Schedulers, launch: Launcher) -> Iterator[Process]:
+    """A scheduler for workers that the test itself launches.
+
+    Shared by all tests that want the same configuration, ``@pytest.mark.scheduler(**config)``; clean before
+    and after each.
+    """
+    marker = request.node.get_closest_marker("scheduler")
+    process = schedulers.get(**(marker.kwargs if marker else {}))
+    launch.seen = [(process, len(process.text))]
+    clean = False
+    try:
+        yield process
+        launch.close()
+        with Client(process.address, set_as_default=False, timeout=harness.START_TIMEOUT) as client:
+            empty = lambda dask_scheduler: not dask_scheduler.workers and not dask_scheduler.tasks  # noqa: E731
+            harness.eventually(lambda: client.run_on_scheduler(empty))
+        clean = True
+    finally:
+        if not clean:
+            schedulers.drop(process)
 
 
 @pytest.fixture

@@ -113,6 +113,8 @@ class Process:
         self, name: str, argv: Sequence[str | Path], directory: Path, env: dict[str, str] | None = None
     ) -> None:
         self.name = name
+        #: Of a scheduler: where it listens.
+        self.address = ""
         self.argv = [str(a) for a in argv]
         self.log_path = directory / f"{name}-{uuid.uuid4().hex[:6]}.log"
         self._text = ""
@@ -280,6 +282,8 @@ class Launcher:
         self.kind = kind
         self.directory = directory
         self.processes: list[Process] = []
+        #: Processes of others that the test uses, and how much they had printed before.
+        self.seen: list[tuple[Process, int]] = []
         directory.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -308,7 +312,7 @@ class Launcher:
             ],
             base_env(**dask_env(config)),
         )
-        process.address = process.wait_for(r"Scheduler at:\s+(tcp://\S+)")[1]  # type: ignore[attr-defined]
+        process.address = process.wait_for(r"Scheduler at:\s+(tcp://\S+)")[1]
         return process
 
     def worker_argv(self, flavour: str, *args: str) -> list[str | Path]:
@@ -382,7 +386,7 @@ class Cluster:
         self.control: Client | None = None
         try:
             self.scheduler = self.launcher.scheduler(config=SCHEDULER_CONFIG)
-            self.address: str = self.scheduler.address  # type: ignore[attr-defined]
+            self.address = self.scheduler.address
             self.workers = [
                 self.launcher.worker(
                     self.address,

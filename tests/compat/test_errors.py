@@ -435,12 +435,11 @@ def not_on_the_worker():
     return ReadOnlyElsewhere()
 
 
-def test_task_that_the_worker_cannot_read(launch):
+def test_task_that_the_worker_cannot_read(launch, scheduler):
     """Stock reads tasks where it reads its messages: the worker loses its scheduler, and takes itself down.
 
     Ours never reads a task but in a runner: that task errs with what its reading raised.
     """
-    scheduler = launch.scheduler()
     worker = launch.worker(scheduler.address, "--no-nanny")
     with Client(scheduler.address) as client:
         join(client, worker)
