@@ -44,13 +44,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kind", [k for k in wanted if k in chosen], scope="session")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # All of stock first, then kind by kind, so that one cluster at a time is up.
-    def rank(item: pytest.Item) -> int:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def kind(item: pytest.Item) -> Any:
         spec = getattr(item, "callspec", None)
-        return ALL.index(spec.params["kind"]) if spec and "kind" in spec.params else -1
+        return spec.params.get("kind", ALL[0]) if spec else ALL[0]
 
-    items.sort(key=rank)
+    # A test for kinds that were not asked for is left out, not skipped.
+    left_out = [item for item in items if kind(item) not in ALL]
+    config.hook.pytest_deselected(items=left_out)
+    # All of stock first, then kind by kind, so that one cluster at a time is up.
+    items[:] = sorted(
+        (item for item in items if item not in left_out), key=lambda item: ALL.index(kind(item))
+    )
 
 
 # -- what fails on stock is a wrong test
