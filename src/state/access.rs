@@ -48,6 +48,16 @@ impl WorkerState {
         task.dependencies.iter().filter(|(_, link)| link.waiting).map(|(id, _)| &self.tasks[*id].key)
     }
 
+    /// Keys of what has waited for a task since it was last released: Dask's `TaskState.waiters`.
+    pub fn waiters<'a>(&'a self, task: &'a Task) -> impl Iterator<Item = &'a Key> {
+        let id = self.id(&task.key);
+        let waits = move |dependent: &&Id<Task>| {
+            let link = id.and_then(|id| self.tasks[**dependent].dependencies.get(&id));
+            link.is_some_and(|link| link.waiter)
+        };
+        task.dependents.iter().filter(waits).map(|dependent| &self.tasks[*dependent].key)
+    }
+
     /// Peers believed to hold a task's value.
     pub fn who_has<'a>(&'a self, task: &'a Task) -> impl Iterator<Item = &'a Address> {
         task.who_has.iter().map(|id| &self.peers[*id].address)
@@ -79,12 +89,38 @@ impl WorkerState {
     }
 
     /// Peers from which something is being gathered, and the keys asked for.
-    pub fn in_flight_workers(&self) -> impl Iterator<Item = (&Address, Vec<Key>)> {
+    pub fn in_flight_workers(&self) -> impl Iterator<Item = (&Address, Vec<&Key>)> {
         self.peers.iter().filter_map(|(_, peer)| {
             // what was scattered here meanwhile may even be forgotten by now
-            let known = |id: &Id<Task>| self.tasks.get(*id).map(|task| task.key.clone());
+            let known = |id: &Id<Task>| self.tasks.get(*id).map(|task| &task.key);
             Some((&peer.address, peer.in_flight.as_ref()?.iter().filter_map(known).collect()))
         })
+    }
+
+    /// What is to be fetched from each peer that holds some of it, most urgent first.
+    pub fn data_needed(&self) -> impl Iterator<Item = (&Address, Vec<&Key>)> {
+        let needed = self.peers.iter().filter(|(_, peer)| !peer.data_needed.is_empty());
+        needed.map(|(_, peer)| (&peer.address, self.ordered(&peer.data_needed)))
+    }
+
+    /// Keys known here that each peer is believed to hold.
+    pub fn has_what(&self) -> impl Iterator<Item = (&Address, Vec<&Key>)> {
+        let holders = self.peers.iter().filter(|(_, peer)| !peer.has_what.is_empty());
+        holders.map(|(_, peer)| (&peer.address, self.keys_of(&peer.has_what).collect()))
+    }
+
+    /// Keys of the ready tasks without resource restrictions, in order of priority.
+    pub fn ready(&self) -> Vec<&Key> {
+        self.ordered(&self.ready)
+    }
+
+    /// Keys of the ready tasks with resource restrictions, in order of priority.
+    pub fn constrained(&self) -> Vec<&Key> {
+        self.ordered(&self.constrained)
+    }
+
+    fn ordered(&self, set: &super::HeapSet<Task>) -> Vec<&Key> {
+        set.sorted().map(|id| &self.tasks[id].key).collect()
     }
 
     /// Peers that said lately that they are busy.

@@ -219,10 +219,17 @@ impl WorkerState {
     }
 
     /// `_transition_cancelled_fetch`
-    pub(super) fn cancelled_fetch(&mut self, id: Id<Task>, recs: &mut Recs) {
+    pub(super) fn cancelled_fetch(&mut self, id: Id<Task>, step: &Step<'_>, recs: &mut Recs) {
         let task = &mut self.tasks[id];
         let State::Cancelled(previous) = task.state else { return };
         match previous {
+            Previous::Flight { .. } if task.done && task.waiters > 0 => {
+                // Another end of this event has made a task wait for it again, but Dask lets go of it.
+                task.state = State::Released;
+                task.done = false;
+                recs.push((id, Finish::Fetch));
+                self.repaired(id, "wanted again as its cancelled transfer ended", step);
+            }
             Previous::Flight { .. } if task.done => recs.push((id, Finish::Released)),
             // never mind the cancellation
             Previous::Flight { from } => task.state = State::Flight { from },
@@ -293,11 +300,20 @@ impl WorkerState {
     }
 
     /// `_transition_resumed_released`
-    pub(super) fn resumed_released(&mut self, id: Id<Task>) {
+    pub(super) fn resumed_released(&mut self, id: Id<Task>, step: &mut Step<'_>, recs: &mut Recs) {
         let task = &mut self.tasks[id];
-        debug_assert!(!task.done);
-        if let State::Resumed(previous) = task.state {
+        let State::Resumed(previous) = task.state else { return };
+        if !task.done {
             task.state = State::Cancelled(previous);
+            return;
+        }
+        // Its end has come in this same event, but a dependent's release prevailed. Dask raises.
+        self.repaired(id, "released as it ended", step);
+        if previous.is_running() {
+            self.generic_released(id, step, recs);
+        } else {
+            // to be computed here, whoever else lets go of it
+            self.resumed_error(id, recs);
         }
     }
 

@@ -5,7 +5,6 @@
 use crate::proto::{Address, Key, Value};
 
 use super::WorkerState;
-use super::collections::Id;
 use super::event::{ErrorMessage, Event, EventKind, StartStop, Stored};
 use super::task::{Previous, State, Task};
 
@@ -18,18 +17,15 @@ impl WorkerState {
             ("address", self.address.as_str().into()),
             ("nthreads", self.config.nthreads.into()),
             ("running", self.running.into()),
-            ("ready", self.dump_ids(self.ready.sorted())),
-            ("constrained", self.dump_ids(self.constrained.sorted())),
+            ("ready", keys(self.ready())),
+            ("constrained", keys(self.constrained())),
             ("data", self.dump_data()),
-            ("data_needed", self.dump_peers(|s, peer| nonempty(s.dump_ids(peer.data_needed.sorted())))),
+            ("data_needed", by_peer(self.data_needed())),
             ("executing", keys(self.executing())),
-            ("has_what", self.dump_peers(|s, peer| nonempty(s.dump_ids(peer.has_what.iter().copied())))),
+            ("has_what", by_peer(self.has_what())),
             ("long_running", keys(self.long_running())),
             ("in_flight_tasks", keys(self.in_flight_tasks())),
-            (
-                "in_flight_workers",
-                Value::Map(self.in_flight_workers().map(|(w, k)| (text(w), keys(&k))).collect()),
-            ),
+            ("in_flight_workers", by_peer(self.in_flight_workers())),
             ("missing_dep_flight", keys(self.missing())),
             ("busy_workers", Value::List(self.busy_workers().map(text).collect())),
             ("log", Value::List(self.log.iter().map(|record| record.to_value()).collect())),
@@ -53,18 +49,9 @@ impl WorkerState {
         ])
     }
 
-    fn dump_ids(&self, ids: impl Iterator<Item = Id<Task>>) -> Value {
-        keys(ids.map(|id| &self.tasks[id].key))
-    }
-
     fn dump_data(&self) -> Value {
         let held = self.tasks().filter(|task| task.in_data);
         Value::Map(held.map(|task| (Value::from(&task.key), Value::Nil)).collect())
-    }
-
-    fn dump_peers(&self, of: impl Fn(&Self, &super::Peer) -> Option<Value>) -> Value {
-        let peers = self.peers.iter().filter_map(|(_, peer)| Some((text(&peer.address), of(self, peer)?)));
-        Value::Map(peers.collect())
     }
 
     /// One task, without what is empty.
@@ -75,21 +62,18 @@ impl WorkerState {
             State::Error(error) => (Some(error.exception_text.clone()), Some(error.traceback_text.clone())),
             _ => (None, None),
         };
-        let names = |ids: &mut dyn Iterator<Item = Id<Task>>| {
-            nonempty(Value::List(ids.map(|id| self.tasks[id].to_string().into()).collect()))
+        let names = |keys: &mut dyn Iterator<Item = &Key>| {
+            nonempty(Value::List(keys.filter_map(|key| Some(self.task(key)?.to_string().into())).collect()))
         };
-        let waits = &mut task.dependencies.iter().filter(|(_, link)| link.waiting).map(|(id, _)| *id);
-        let waiters =
-            &mut task.dependents.iter().copied().filter(|id| task.waiters > 0 && self.waits_on(*id, task));
         let restrictions = task.resource_restrictions.iter().map(|(n, q)| (n.clone().into(), (*q).into()));
         let fields = [
             ("key", Some(Value::from(&task.key))),
             ("run_id", Some(task.run_id.0.into())),
             ("run_spec", task.run_spec.as_ref().map(|_| "<run_spec>".into())),
-            ("dependencies", names(&mut task.dependencies.keys().copied())),
-            ("dependents", names(&mut task.dependents.iter().copied())),
-            ("waiting_for_data", names(waits)),
-            ("waiters", names(waiters)),
+            ("dependencies", names(&mut self.dependencies(task))),
+            ("dependents", names(&mut self.dependents(task))),
+            ("waiting_for_data", names(&mut self.waiting_for_data(task))),
+            ("waiters", names(&mut self.waiters(task))),
             ("state", Some(task.state.name().as_str().into())),
             ("previous", previous.map(|p| p.name().as_str().into())),
             ("next", previous.filter(|_| resumed).map(|p: Previous| p.next().as_str().into())),
@@ -112,12 +96,6 @@ impl WorkerState {
             ("done", task.done.then(|| true.into())),
         ];
         Value::map(fields.into_iter().filter_map(|(name, value)| Some((name, value?))))
-    }
-
-    /// Whether `waiter` is in Dask's `TaskState.waiters` of `task`.
-    fn waits_on(&self, waiter: Id<Task>, task: &Task) -> bool {
-        let id = self.id(&task.key);
-        id.and_then(|id| self.tasks[waiter].dependencies.get(&id)).is_some_and(|link| link.waiter)
     }
 }
 
@@ -234,6 +212,10 @@ fn who_has(who_has: &[(Key, Vec<Address>)]) -> Value {
 
 fn keys<'a>(keys: impl IntoIterator<Item = &'a Key>) -> Value {
     Value::List(keys.into_iter().map(Value::from).collect())
+}
+
+fn by_peer<'a, K: AsRef<[&'a Key]>>(each: impl Iterator<Item = (&'a Address, K)>) -> Value {
+    Value::Map(each.map(|(peer, known)| (text(peer), keys(known.as_ref().iter().copied()))).collect())
 }
 
 fn text(address: &Address) -> Value {

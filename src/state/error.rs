@@ -26,9 +26,6 @@ pub enum Error {
     /// There is no way from that state to that one.
     #[error("invalid transition of {key:?}: {start} -> {finish}; story:{story}")]
     InvalidTransition { key: Key, start: StateName, finish: StateName, story: Story },
-    /// One event wants a task in two states at once.
-    #[error("conflicting recommendations for {key:?}: {first} and {second}; story:{story}")]
-    RecommendationsConflict { key: Key, first: StateName, second: StateName, story: Story },
     /// A computation ended that was never started.
     #[error("{event} for unknown task {key:?}; story:{story}")]
     UnknownTask { key: Key, event: &'static str, story: Story },

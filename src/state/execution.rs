@@ -35,7 +35,7 @@ impl WorkerState {
             } => {
                 let id = self.end_execution(key, "ExecuteSuccess", recs)?;
                 let task = &mut self.tasks[id];
-                task.thread = *thread;
+                task.thread = thread.or(task.thread);
                 task.startstops.append(startstops);
                 task.startstops.push(compute(*start, *stop));
                 task.nbytes = Some(*nbytes);
@@ -48,7 +48,7 @@ impl WorkerState {
             EventKind::ExecuteFailure { key, run_id, start, stop, error, thread } => {
                 let id = self.end_execution(key, "ExecuteFailure", recs)?;
                 let task = &mut self.tasks[id];
-                task.thread = *thread;
+                task.thread = thread.or(task.thread);
                 if let (Some(start), Some(stop)) = (start, stop) {
                     task.startstops.push(compute(*start, *stop));
                 }

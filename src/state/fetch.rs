@@ -94,10 +94,14 @@ impl WorkerState {
     }
 
     /// `_transition_flight_released`: a transfer can't be stopped; its end is awaited.
-    pub(super) fn flight_released(&mut self, id: Id<Task>) {
+    pub(super) fn flight_released(&mut self, id: Id<Task>, step: &mut Step<'_>, recs: &mut Recs) {
         let task = &mut self.tasks[id];
-        debug_assert!(!task.done);
-        if let State::Flight { from } = task.state {
+        let State::Flight { from } = task.state else { return };
+        if task.done {
+            // It has ended in this same event, but a dependent's release prevailed. Dask raises.
+            self.repaired(id, "released as it ended", step);
+            self.generic_released(id, step, recs);
+        } else {
             task.state = State::Cancelled(Previous::Flight { from });
         }
     }

@@ -61,6 +61,11 @@ pub enum LogEntry {
     CancelCompute {
         key: Key,
     },
+    /// Ours: we went on where Dask raises or leaves a task behind for ever.
+    Repaired {
+        key: Key,
+        trouble: &'static str,
+    },
     /// Ours: the value was lost here.
     DataLost {
         key: Key,
@@ -112,6 +117,7 @@ impl LogEntry {
             | LogEntry::MissingDep { key: k }
             | LogEntry::RemoveReplica { key: k }
             | LogEntry::CancelCompute { key: k }
+            | LogEntry::Repaired { key: k, .. }
             | LogEntry::DataLost { key: k } => k == key,
             LogEntry::FreeKeys { keys }
             | LogEntry::GatherDependencies { keys, .. }
@@ -149,6 +155,9 @@ impl LogEntry {
             LogEntry::MissingDep { key } => of_key(key, "missing-dep"),
             LogEntry::RemoveReplica { key } => of_key(key, "remove-replica"),
             LogEntry::DataLost { key } => of_key(key, "data-lost"),
+            LogEntry::Repaired { key, trouble } => {
+                vec![Value::from(key), "repaired".into(), (*trouble).into()]
+            }
             LogEntry::CancelCompute { key } => of_key(key, "cancel-compute"),
             LogEntry::FreeKeys { keys } => {
                 vec!["free-keys".into(), Value::List(keys.iter().map(Value::from).collect())]

@@ -121,11 +121,11 @@ impl WorkerState {
     /// `_purge_state`: everything about a task that its state brought along is undone; the caller sets the new state.
     pub(super) fn purge(&mut self, id: Id<Task>, step: &mut Step<'_>) {
         let task = &mut self.tasks[id];
-        let was_data = std::mem::replace(&mut task.in_data, false);
-        let was_actor = std::mem::replace(&mut task.actor, false);
-        if was_data || was_actor {
+        if matches!(task.state, State::Memory) {
             step.out.push(Instruction::DropData { key: task.key.clone() });
         }
+        task.in_data = false;
+        task.actor = false;
         task.thread = None;
         task.nbytes = None;
         task.done = false;

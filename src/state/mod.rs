@@ -2,9 +2,10 @@
 //!
 //! Sans-IO: [`WorkerState::handle`] takes one event and the time, and says in instructions what is to be done. Nothing
 //! here reads a clock, opens a socket, waits, or holds a task's value. A port of
-//! `distributed/worker_state_machine.py: WorkerState` (2026.8.0), to which `tests/oracle.rs` holds it step by step; it
-//! departs from it where Dask would raise on a race between scatter and a computation (the scattered value is dropped,
-//! the computed one will come), and in the event [`EventKind::DataLost`], which Dask lacks.
+//! `distributed/worker_state_machine.py: WorkerState` (2026.8.0), to which `tests/oracle` holds it step by step. It
+//! departs from it in the event [`EventKind::DataLost`], which Dask lacks, and where Dask raises or leaves a task behind
+//! for ever: on scatter over a computation (the scattered value is dropped, the computed one will come), and where two
+//! tasks of one event want opposite things of a third ([`LogEntry::Repaired`]).
 //!
 //! An event gives *recommendations* (task -> state); each is carried out by one [transition](transition), which may
 //! recommend more, until none is left.

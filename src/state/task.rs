@@ -354,6 +354,16 @@ impl Task {
         self.start_time
     }
 
+    /// What took time in its life here.
+    pub fn startstops(&self) -> &[StartStop] {
+        &self.startstops
+    }
+
+    /// Dask's `TaskState.done`: what ran or was in flight for it has ended.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
     /// Whether it is to become, or is, an actor.
     pub fn is_actor(&self) -> bool {
         self.actor

@@ -104,7 +104,7 @@ impl WorkerState {
                 S::Cancelled,
                 F::Error { .. } | F::Memory { .. } | F::Missing | F::Released | F::Rescheduled,
             ) => self.cancelled_released(id, step, recs),
-            (S::Cancelled, F::Fetch) => self.cancelled_fetch(id, recs),
+            (S::Cancelled, F::Fetch) => self.cancelled_fetch(id, step, recs),
             (S::Cancelled, F::Waiting) => self.cancelled_waiting(id, step),
             (S::Cancelled | S::Resumed, F::LongRunning { .. }) => {
                 self.cancelled_or_resumed_long_running(id, recs);
@@ -114,7 +114,7 @@ impl WorkerState {
             (S::Resumed, F::Memory { stored, run_id }) => {
                 self.resumed_memory(id, stored, run_id, step, recs);
             }
-            (S::Resumed, F::Released) => self.resumed_released(id),
+            (S::Resumed, F::Released) => self.resumed_released(id, step, recs),
             (S::Resumed, F::Rescheduled) => self.resumed_rescheduled(id, recs),
             (S::Constrained | S::Ready, F::Executing) => self.ready_executing(id, step),
             (S::Constrained | S::Error | S::Ready | S::Waiting, F::Released) => {
@@ -138,7 +138,7 @@ impl WorkerState {
             (S::Flight, F::Fetch) => self.flight_fetch(id, recs),
             (S::Flight, F::Memory { stored, .. }) => self.flight_memory(id, stored, step, recs),
             (S::Flight | S::Released, F::Missing) => self.generic_missing(id),
-            (S::Flight, F::Released) => self.flight_released(id),
+            (S::Flight, F::Released) => self.flight_released(id, step, recs),
             (S::Memory, F::Released) => self.memory_released(id, step, recs),
             (S::Missing, F::Fetch) => self.missing_fetch(id, recs),
             (S::Missing, F::Released) => self.missing_released(id, step, recs),
@@ -174,36 +174,34 @@ impl WorkerState {
             return Err(self.invalid_transition(id, start, goal));
         }
         let mut merged = Recommendations::default();
-        self.merge(&mut merged, &mut part)?;
+        self.merge(&mut merged, &mut part, step);
         while let Some(next) = merged.shift_remove(&id) {
             if matches!(next, Finish::Forgotten) {
                 continue;
             }
             self.transition(id, next, step, &mut part)?;
-            self.merge(&mut merged, &mut part)?;
+            self.merge(&mut merged, &mut part, step);
         }
         self.transition(id, finish, step, &mut part)?;
-        self.merge(&mut merged, &mut part)?;
+        self.merge(&mut merged, &mut part, step);
         recs.extend(merged);
         Ok(())
     }
 
-    /// `merge_recs_instructions`: the same task twice is in order if both want the same.
-    fn merge(&self, into: &mut Recommendations, part: &mut Recs) -> Result<(), Error> {
+    /// `merge_recs_instructions`, but that the later of two recommendations for one task prevails, where Dask raises:
+    /// a task in `fetch` lets go of its dependencies on its way to `waiting`, which then wants them.
+    fn merge(&mut self, into: &mut Recommendations, part: &mut Recs, step: &Step<'_>) {
         for (id, finish) in part.drain(..) {
-            if let Some(known) = into.get(&id)
-                && known.name() != finish.name()
-            {
-                return Err(Error::RecommendationsConflict {
-                    key: self.tasks[id].key.clone(),
-                    first: known.name(),
-                    second: finish.name(),
-                    story: self.story_of(id),
-                });
+            let recommended = finish.name();
+            if into.insert(id, finish).is_some_and(|before| before.name() != recommended) {
+                self.repaired(id, "conflicting recommendations", step);
             }
-            into.insert(id, finish);
         }
-        Ok(())
+    }
+
+    /// Tells in the log that Dask would not have come through here.
+    pub(super) fn repaired(&mut self, id: Id<Task>, trouble: &'static str, step: &Step<'_>) {
+        self.record(step, LogEntry::Repaired { key: self.tasks[id].key.clone(), trouble });
     }
 
     fn invalid_transition(&self, id: Id<Task>, start: StateName, finish: StateName) -> Error {
