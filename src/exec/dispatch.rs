@@ -393,7 +393,12 @@ impl Shared {
 impl State {
     /// The jobs of a dead runner: the one it ran is tried again or fails, others go elsewhere. Returns the job it
     /// ran, and those that are nobody's now.
-    fn share_out(&mut self, shared: &Shared, runner: &mut Runner, cause: &Cause) -> (Option<Key>, Vec<Key>) {
+    fn share_out(
+        &mut self,
+        shared: &Arc<Shared>,
+        runner: &mut Runner,
+        cause: &Cause,
+    ) -> (Option<Key>, Vec<Key>) {
         let started = runner.mailbox.started();
         let tail = runner.tail.text();
         let (mut blamed, mut requeued, mut again) = (None, Vec::new(), Vec::new());
@@ -423,7 +428,12 @@ impl State {
         }
         // in their old order, before what came later
         for attempt in again.into_iter().rev() {
-            self.pending.push_front(attempt);
+            // what a crash left in the process's surroundings must not meet it again in an old runner
+            let fresh = attempt.crashes > 0 && self.width() < shared.config.slots && self.zygote.is_there();
+            match fresh.then(|| self.fork(shared)) {
+                Some(Ok(id)) => self.hand_over(shared, id, attempt, false),
+                _ => self.pending.push_front(attempt),
+            }
         }
         (blamed, requeued)
     }

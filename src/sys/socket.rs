@@ -1,14 +1,10 @@
 //! Unix sockets that carry descriptors next to their bytes.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::cmsg_space;
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
-};
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -73,40 +69,70 @@ pub enum Received {
 /// Reads into `buffer` without waiting, and appends the descriptors that came along, closed on exec.
 ///
 /// # Errors
-/// What `recvmsg` said; a message with more descriptors than `max_fds` (at most [`MAX_DESCRIPTORS`]) is `EMFILE`,
-/// with none of them kept.
+/// What `recvmsg` said. A message with more descriptors than `max_fds` (at most [`MAX_DESCRIPTORS`]), or more than this
+/// process may have, is `EMFILE`, and none of them stays open.
 pub fn receive(
     socket: impl AsFd,
     buffer: &mut [u8],
     fds: &mut Vec<OwnedFd>,
     max_fds: usize,
 ) -> Result<Received, Error> {
-    let mut space = (max_fds > 0).then(|| cmsg_space!([RawFd; MAX_DESCRIPTORS]));
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let mut slices = [IoSliceMut::new(buffer)];
-    let message = loop {
-        match recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut slices, space.as_deref_mut(), flags) {
-            Ok(message) => break message,
+    let mut control = [0u64; CONTROL_WORDS];
+    let mut slice = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: zero is a valid value of every field (no name, no slices, no control data).
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut slice;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control) as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    let count = loop {
+        // SAFETY: the header points at `slice`, which is `buffer`, and at `control`, both writable and of the lengths
+        // given, and both outlive the call.
+        let count = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut message, flags) };
+        match Errno::result(count) {
+            Ok(count) => break count as usize,
             Err(Errno::EAGAIN) => return Ok(Received::WouldBlock),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(Error::Call { call: "recvmsg", source: errno.into() }),
         }
     };
-    let mut came = Vec::new();
-    let truncated = message.flags.contains(MsgFlags::MSG_CTRUNC);
-    if let Ok(control) = message.cmsgs() {
-        for part in control {
-            if let ControlMessageOwned::ScmRights(raw) = part {
-                // SAFETY: the kernel has just made these descriptors for this process, and nothing else knows them.
-                came.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-    }
-    if truncated || came.len() > max_fds {
+    let known = fds.len();
+    take_descriptors(&message, fds);
+    if message.msg_flags & libc::MSG_CTRUNC != 0 || fds.len() - known > max_fds {
+        fds.truncate(known);
         return Err(Error::Call { call: "recvmsg", source: Errno::EMFILE.into() });
     }
-    fds.append(&mut came);
-    Ok(if message.bytes == 0 { Received::End } else { Received::Bytes(message.bytes) })
+    Ok(if count == 0 { Received::End } else { Received::Bytes(count) })
+}
+
+/// Room for a control message with [`MAX_DESCRIPTORS`] descriptors, aligned as its header must be.
+const CONTROL_WORDS: usize =
+    // SAFETY: arithmetic on its argument only.
+    unsafe { libc::CMSG_SPACE((MAX_DESCRIPTORS * size_of::<RawFd>()) as u32) as usize }.div_ceil(8);
+
+/// Takes the descriptors out of what `recvmsg` has just filled in, also when it could not fill in all.
+fn take_descriptors(message: &libc::msghdr, fds: &mut Vec<OwnedFd>) {
+    // SAFETY: `message` was filled in by `recvmsg`, and its control buffer is alive: the headers found by these macros
+    // lie in it, and the kernel has set their lengths.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(message) };
+    // SAFETY: as above; null is the end.
+    while let Some(header) = unsafe { next.as_ref() } {
+        if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
+            // SAFETY: arithmetic on its argument only.
+            let head = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = header.cmsg_len.saturating_sub(head) / size_of::<RawFd>();
+            // SAFETY: the data of this header, of the length the kernel wrote.
+            let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
+            for index in 0..count {
+                // SAFETY: in bounds, as above; the kernel has just made this descriptor for this process, and nothing
+                // else knows it.
+                fds.push(unsafe { OwnedFd::from_raw_fd(data.add(index).read_unaligned()) });
+            }
+        }
+        // SAFETY: `header` is one of this message's.
+        next = unsafe { libc::CMSG_NXTHDR(message, header) };
+    }
 }
 
 #[cfg(test)]
@@ -149,6 +175,15 @@ mod tests {
         let (a, _b) = socket_pair().unwrap();
         let chunk = [0; 65536];
         while send(&a, &[IoSlice::new(&chunk)], &[]).unwrap().is_some() {}
+    }
+
+    #[test]
+    fn as_many_descriptors_as_the_kernel_takes_arrive() {
+        let (a, b) = socket_pair().unwrap();
+        send(&a, &[IoSlice::new(b"x")], &[a.as_fd(); MAX_DESCRIPTORS]).unwrap();
+        let (mut buffer, mut got) = ([0; 10], Vec::new());
+        assert_eq!(receive(&b, &mut buffer, &mut got, MAX_DESCRIPTORS).unwrap(), Received::Bytes(1));
+        assert_eq!(got.len(), MAX_DESCRIPTORS);
     }
 
     #[test]

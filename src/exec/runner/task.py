@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import inspect
 import logging
 import mmap
 import os
@@ -19,11 +20,12 @@ import threading
 from collections.abc import Callable
 from sys import getsizeof
 from time import thread_time, time
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any, Final
 
 import dask
 import distributed.profile
+from dask._task_spec import Task
 from dask.sizeof import sizeof
 from dask.utils import typename
 from distributed.core import error_message
@@ -136,7 +138,10 @@ class Runner:
 
     @staticmethod
     def _share(part: tuple[bytes, list[Any]], fds: list[int]) -> channel.Object:
-        shared, fd = channel.share(*part)
+        header, frames = part
+        if len(frames) == 1 and type(frames[0]) is bytes and len(frames[0]) < channel.SHARED_FRAME_MIN:
+            return channel.SERIALIZED, header, frames
+        shared, fd = channel.share(header, frames)
         if fd is None:
             return shared
         kind, header, frames = shared
@@ -166,7 +171,7 @@ class Runner:
             logger.error("Exception during execution of task %r", key, exc_info=True)
             return self._failure(error, None, None)
         with span:
-            if getattr(task, "is_coro", False):
+            if is_coroutine(task):
                 if self.loop is None:
                     self.loop = asyncio.new_event_loop()
                 return self.loop.run_until_complete(self._call_async(task, data))
@@ -313,10 +318,25 @@ def clean(text: str) -> str:
 
 def flush() -> None:
     """Hands over what a task printed, so that the daemon reads it before the task's result."""
-    for stream in (sys.stdout, sys.stderr):
-        # a task may have closed or replaced it
-        with contextlib.suppress(Exception):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except Exception:
+        # a task may have closed or replaced them: then it is not for us to say what is in them
+        pass
+
+
+def is_coroutine(task: Any) -> bool:
+    """`task.is_coro`, at a fraction of its cost for ordinary functions."""
+    if type(task) is Task:
+        func = task.func
+        kind = type(func)
+        # a function without attributes is marked as a coroutine function by its flag alone
+        if kind is BuiltinFunctionType or (
+            kind is FunctionType and not func.__dict__ and not func.__code__.co_flags & inspect.CO_COROUTINE
+        ):
+            return False
+    return getattr(task, "is_coro", False)
 
 
 def register_barrier() -> None:

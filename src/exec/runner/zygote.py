@@ -62,6 +62,7 @@ class Zygote:
         # SIGTERM instead of the stub's SIGKILL: time to end grandchildren, whom the kernel signals nothing
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        prctl(_PR_SET_NAME, b"iqoqo-zygote")
         gc.collect()
         gc.freeze()
         versions = ".".join(map(str, sys.version_info[:3])), distributed.__version__
