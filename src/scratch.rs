@@ -17,14 +17,14 @@ const LOCK_EXTENSION: &str = ".dirlock";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A folder cannot be made.
-    #[error("cannot create {path}: {source}; choose a writable --local-directory", path = path.display())]
+    #[error("cannot create {}, choose a writable --local-directory", path.display())]
     Create {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
     /// A file in it cannot be written.
-    #[error("cannot write to {path}: {source}; choose a writable --local-directory", path = path.display())]
+    #[error("cannot write to {}, choose a writable --local-directory", path.display())]
     Write {
         path: PathBuf,
         #[source]

@@ -6,6 +6,11 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
+/// Whether a service manager wants to be told anything.
+pub fn is_listening() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
 /// The daemon is up: its workers have registered.
 pub fn ready(status: &str) {
     send(&[NotifyState::Ready, NotifyState::Status(status)]);

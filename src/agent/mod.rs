@@ -89,6 +89,8 @@ pub struct Config {
     pub exec: exec::Config,
     /// System metrics.
     pub monitor: scheduler::MonitorConfig,
+    /// Shows whoever watches that the worker turns, and whether it has registered.
+    pub pulse: telemetry::Pulse,
 }
 
 /// How urgently the worker is to leave; watched by [`run`].

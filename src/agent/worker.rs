@@ -48,6 +48,14 @@ pub async fn run(config: Config, recent: Recent, mut stop: StopSignal) -> Result
     started.live().await
 }
 
+/// Keeps the pulse while there is no driver: waiting for a scheduler is no fault of ours. Never ends.
+async fn turn(pulse: &Pulse) {
+    loop {
+        pulse.tick();
+        tokio::time::sleep(pulse.interval()).await;
+    }
+}
+
 /// Waits for any wish to stop.
 async fn told(stop: &mut StopSignal) {
     // whoever could tell us is gone: that is a wish to stop, too
@@ -74,7 +82,7 @@ impl Worker {
         let net = Arc::new(config.net.clone());
         let peers = net::Pool::new(net.clone());
         let metrics = telemetry::Metrics::default();
-        let pulse = Pulse::new(config.monitor.interval);
+        let pulse = config.pulse.clone();
         let scheduler = Scheduler::new(config.scheduler.clone(), peers.clone(), metrics.clone());
 
         let listener = bind(&config.listen, &net).await?;
@@ -193,6 +201,7 @@ impl Worker {
         let mut stop = self.stop.clone();
         let session = tokio::select! {
             session = register(&self.shared, self.nanny.as_ref(), attempt) => session?,
+            () = turn(&self.shared.pulse) => return Ok(End::Leave),
             () = told(&mut stop) => return Ok(End::Leave),
             () = told_to_close(&mut self.commands) => return Ok(End::Leave),
         };

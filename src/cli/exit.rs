@@ -1,10 +1,11 @@
-//! Exit codes, after `sysexits.h`; documented in `--help` and `docs/cli.md`.
+//! Exit codes, after `sysexits.h`, and which error has which; documented in `--help` and `docs/cli.md`.
 
+use std::io::{self, ErrorKind};
 use std::process::ExitCode;
 
 use nix::sys::signal::Signal;
 
-use crate::config;
+use crate::{agent, config, net, scheduler, scratch};
 
 /// Why the daemon ended, for whoever started it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,23 @@ impl Exit {
             Exit::Signal(signal) => 128 + (signal as i32).unsigned_abs().min(64) as u8,
         }
     }
+
+    /// For a file or directory that could not be created.
+    pub fn of_creating(error: &io::Error) -> Self {
+        if error.kind() == ErrorKind::PermissionDenied { Exit::Permission } else { Exit::CannotCreate }
+    }
+}
+
+/// An error and what caused it, on one line.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }
 
 impl From<Exit> for ExitCode {
@@ -59,13 +77,43 @@ impl From<Exit> for ExitCode {
 impl From<&config::Error> for Exit {
     fn from(error: &config::Error) -> Self {
         match error {
-            config::Error::Unreadable { source, .. }
-                if source.kind() == std::io::ErrorKind::PermissionDenied =>
-            {
+            config::Error::Unreadable { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
                 Exit::Permission
             }
             error if error.is_usage() => Exit::Usage,
             _ => Exit::Config,
+        }
+    }
+}
+
+impl From<&scratch::Error> for Exit {
+    fn from(error: &scratch::Error) -> Self {
+        Exit::of_creating(error.io())
+    }
+}
+
+impl From<&agent::Error> for Exit {
+    fn from(error: &agent::Error) -> Self {
+        match error {
+            agent::Error::Scheduler(error) => error.into(),
+            agent::Error::Interpreter { .. } => Exit::Config,
+            agent::Error::Listen { source: net::Error::Bind { source, .. }, .. }
+                if source.kind() == ErrorKind::PermissionDenied =>
+            {
+                Exit::Permission
+            }
+            _ => Exit::System,
+        }
+    }
+}
+
+impl From<&scheduler::Error> for Exit {
+    fn from(error: &scheduler::Error) -> Self {
+        match error {
+            scheduler::Error::DeathTimeout { .. } => Exit::Unavailable,
+            scheduler::Error::Net { source, .. } if source.is_connection_loss() => Exit::Unavailable,
+            scheduler::Error::Python { .. } => Exit::Config,
+            _ => Exit::Protocol,
         }
     }
 }

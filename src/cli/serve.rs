@@ -2,6 +2,7 @@
 //!
 //! Whatever is wrong before the runtime starts ends the daemon before a port is bound.
 
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -10,48 +11,47 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use super::{Exit, PidFile};
+use super::exit::{Exit, explain};
+use super::pid_file::PidFile;
 use crate::agent::{self, Stop};
 use crate::config::Settings;
-use crate::scheduler;
 use crate::scratch::{self, WorkDir, WorkSpace};
 use crate::systemd;
+use crate::telemetry::Pulse;
 use crate::telemetry::log::Recent;
 
 /// Time for blocking work to end once all workers have.
 const LAST_MOMENTS: Duration = Duration::from_secs(2);
+/// Time between two looks at whether all workers have registered.
+const READY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Runs all workers of the daemon until they have left.
 ///
 /// # Errors
 /// The exit code that says what kept it from running; the log says it in words.
 pub fn serve(settings: &Settings, recent: &Recent) -> Result<Exit, Exit> {
+    let pid_file = settings.pid_file.as_deref();
+    let _pid_file = pid_file.map(write_pid_file).transpose()?;
     let directories = directories(settings).map_err(|error| complain(&error, Exit::from(&error)))?;
-    let _pid_file = match &settings.pid_file {
-        Some(path) => Some(PidFile::write(path).map_err(|source| {
-            error!("cannot write the pid file {}: {source}", path.display());
-            Exit::CannotCreate
-        })?),
-        None => None,
-    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| complain(&error, Exit::System))?;
     let exit = runtime.block_on(run(settings, &directories, recent));
     runtime.shutdown_timeout(LAST_MOMENTS);
+    info!("End worker");
     exit
 }
 
 /// Logs what is wrong, with its causes, and gives the exit code back.
 fn complain(error: &dyn std::error::Error, exit: Exit) -> Exit {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    error!("{text}");
+    error!("{}", explain(error));
     exit
+}
+
+fn write_pid_file(path: &Path) -> Result<PidFile, Exit> {
+    PidFile::write(path).map_err(|source| {
+        error!("cannot write the pid file {}: {source}", path.display());
+        Exit::of_creating(&source)
+    })
 }
 
 /// A scratch directory for each worker.
@@ -63,15 +63,17 @@ fn directories(settings: &Settings) -> Result<Vec<WorkDir>, scratch::Error> {
 async fn run(settings: &Settings, directories: &[WorkDir], recent: &Recent) -> Result<Exit, Exit> {
     let (wish, stop) = watch::channel(Stop::No);
     let mut workers = JoinSet::new();
+    let mut pulses = Vec::new();
     for (worker, directory) in settings.workers.iter().zip(directories) {
-        let config = settings.agent(worker, directory.path().to_owned());
+        let pulse = Pulse::new(settings.monitor.interval);
+        pulses.push(pulse.clone());
+        let config = settings.agent(worker, directory.path().to_owned(), pulse);
         workers.spawn(agent::run(config, recent.clone(), stop.clone()));
     }
-    systemd::ready(&format!("workers: {}", settings.workers.len()));
     let exit = tokio::select! {
         exit = join(&mut workers) => exit,
         exit = signals(&wish) => exit,
-        () = watchdog() => Ok(Exit::Software),
+        () = report(&pulses) => Ok(Exit::Software),
     };
     systemd::stopping("closed");
     exit
@@ -110,34 +112,26 @@ async fn signals(wish: &watch::Sender<Stop>) -> Result<Exit, Exit> {
     Err(Exit::Signal(second))
 }
 
-/// Tells the service manager that we are alive, as long as this runtime turns.
-async fn watchdog() {
-    let Some(interval) = systemd::watchdog_interval() else { return std::future::pending().await };
+/// Tells the service manager, if there is one, when all workers have registered, and that none of them hangs. Never ends.
+async fn report(pulses: &[Pulse]) {
+    if !systemd::is_listening() {
+        return std::future::pending().await;
+    }
+    let watchdog = systemd::watchdog_interval();
+    let mut ready = false;
     loop {
-        systemd::alive();
-        tokio::time::sleep(interval).await;
-    }
-}
-
-impl From<&scratch::Error> for Exit {
-    fn from(error: &scratch::Error) -> Self {
-        match error.io().kind() {
-            std::io::ErrorKind::PermissionDenied => Exit::Permission,
-            _ => Exit::CannotCreate,
+        if !ready && pulses.iter().all(Pulse::ready) {
+            ready = true;
+            systemd::ready(&format!("registered: {} workers", pulses.len()));
         }
-    }
-}
-
-impl From<&agent::Error> for Exit {
-    fn from(error: &agent::Error) -> Self {
-        match error {
-            agent::Error::Scheduler(scheduler::Error::DeathTimeout { .. }) => Exit::Unavailable,
-            agent::Error::Scheduler(scheduler::Error::Net { source, .. }) if source.is_connection_loss() => {
-                Exit::Unavailable
-            }
-            agent::Error::Scheduler(_) => Exit::Protocol,
-            agent::Error::Interpreter { .. } => Exit::Config,
-            _ => Exit::System,
+        if watchdog.is_some() && !pulses.iter().any(Pulse::stalled) {
+            systemd::alive();
         }
+        let pause = match (ready, watchdog) {
+            (false, _) => READY_INTERVAL,
+            (true, Some(interval)) => interval,
+            (true, None) => return std::future::pending().await,
+        };
+        tokio::time::sleep(pause).await;
     }
 }

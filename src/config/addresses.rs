@@ -11,14 +11,13 @@ use crate::telemetry;
 
 use super::Error;
 use super::keys::NO_TLS;
-use super::settings::Bind;
 use super::sources::{Found, Sources, boolean, ports, text};
 
 /// Where a worker listens, and what it tells others.
 #[derive(Debug)]
 pub struct Listen {
-    /// Address to listen on.
-    pub bind: Bind,
+    /// Host to listen on; `None` for all addresses.
+    pub host: Option<String>,
     /// Address to tell.
     pub contact: Option<Address>,
     /// Whether `--listen-address` was given.
@@ -72,7 +71,7 @@ pub fn read(sources: &Sources) -> Result<Listen, Error> {
         return usage("you cannot specify both --interface and --host or --listen-address");
     }
     let mut listen = Listen {
-        bind: Bind::Auto,
+        host: None,
         contact: None,
         listening: false,
         worker_ports: sources.read("worker-port", ports)?,
@@ -84,7 +83,7 @@ pub fn read(sources: &Sources) -> Result<Listen, Error> {
         listen.read_host(&found)?;
     } else if let Some(found) = sources.find("interface") {
         let name = text(&found.node.value).map_err(|reason| found.wrong(reason))?;
-        listen.bind = Bind::Host(interface_address(&name).map_err(|reason| found.wrong(reason))?);
+        listen.host = Some(interface_address(&name).map_err(|reason| found.wrong(reason))?);
     }
     if let Some(found) = sources.find("contact-address") {
         listen.contact = Some(strict_address(&found)?);
@@ -120,11 +119,11 @@ impl Listen {
         // without a host it means every address, which is no address to tell anyone
         if let Some(port) = given.strip_prefix("tcp://:") {
             let port = port.parse().map_err(|_| found.wrong("the port is not a number from 0 to 65535"))?;
-            (self.bind, self.worker_ports) = (Bind::All, Some(vec![port]));
+            self.worker_ports = Some(vec![port]);
             return Ok(());
         }
         let address = strict_address(found)?;
-        self.bind = Bind::Host(address.host().to_owned());
+        self.host = Some(address.host().to_owned());
         self.worker_ports = Some(vec![address.port()]);
         let concrete = address.port() != 0 && !matches!(address.host(), "0.0.0.0" | "::");
         self.contact = concrete.then_some(address);
@@ -141,7 +140,7 @@ impl Listen {
             None => given.as_str(),
         };
         let (host, port) = split_host(location).map_err(|reason| found.wrong(reason))?;
-        self.bind = Bind::Host(host.to_owned());
+        self.host = Some(host.to_owned());
         match (port, &self.worker_ports) {
             (None | Some(0), _) => {}
             (Some(port), None) => self.worker_ports = Some(vec![port]),
@@ -263,7 +262,7 @@ pub fn test_apportion(
 ) -> Result<Vec<Share>, String> {
     let ports = |text: Option<&str>| text.map(super::parse::parse_ports).transpose();
     let (worker_ports, nanny_ports) = (ports(worker)?, ports(nanny)?);
-    let listen = Listen { bind: Bind::Auto, contact: None, listening: false, worker_ports, nanny_ports };
+    let listen = Listen { host: None, contact: None, listening: false, worker_ports, nanny_ports };
     listen.apportion(workers, true).map_err(|error| error.to_string())
 }
 

@@ -2,25 +2,31 @@
 //!
 //! Nothing is read or checked here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use super::settings::{Bind, Settings, Worker};
+use super::settings::{Settings, Worker};
 use crate::agent::{self, Listen, MemoryConfig};
 use crate::peer::Retry;
+use crate::telemetry::Pulse;
 use crate::{exec, net, peer, scheduler, state};
 
-/// Time for moving data away when the worker is told to stop. `dask worker` gives none; a service manager waits 90 s.
-const RETIRE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The service manager's words to the daemon, which are not for Python processes.
+const SECRETS: &[&str] = &[
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "CREDENTIALS_DIRECTORY",
+    "JOURNAL_STREAM",
+];
 
 impl Settings {
-    /// The configuration of one of the workers, whose scratch directory is made.
-    pub fn agent(&self, worker: &Worker, local_directory: PathBuf) -> agent::Config {
-        let host = match &self.bind {
-            Bind::Auto | Bind::All => None,
-            Bind::Host(host) => Some(host.clone()),
-        };
-        let listen = |ports: &[u16]| Listen { host: host.clone(), ports: ports.to_vec() };
+    /// The configuration of one of the workers, whose scratch directory is made; `pulse` shows how it is.
+    pub fn agent(&self, worker: &Worker, local_directory: PathBuf, pulse: Pulse) -> agent::Config {
+        let listen = |ports: &[u16]| Listen { host: self.host.clone(), ports: ports.to_vec() };
         let stagger = |lifetime: super::Lifetime| {
             let shift = lifetime.stagger.mul_f64(fastrand::f64());
             if fastrand::bool() { lifetime.duration + shift } else { lifetime.duration.saturating_sub(shift) }
@@ -36,11 +42,11 @@ impl Settings {
             lifetime: self
                 .lifetime
                 .map(|lifetime| agent::Lifetime { duration: stagger(lifetime), restart: lifetime.restart }),
-            retire_timeout: RETIRE_TIMEOUT,
+            retire_timeout: self.tuning.retire_timeout,
             bandwidth: self.transfer.bandwidth as f64,
             transfer_log_length: self.tuning.story_length,
             interpreter: self.runner.python.interpreter.clone(),
-            nanny_blocked_handlers: Vec::new(),
+            nanny_blocked_handlers: self.tuning.nanny_blocked_handlers.clone(),
             scheduler: scheduler::Config {
                 death_timeout: self.death_timeout,
                 ..scheduler::Config::new(self.scheduler.clone())
@@ -51,6 +57,7 @@ impl Settings {
             exec: self.exec(worker, local_directory.clone()),
             monitor: self.monitor.clone(),
             local_directory,
+            pulse,
         }
     }
 
@@ -94,6 +101,9 @@ impl Settings {
             python: self.runner.python.interpreter.python.clone(),
             slots: worker.nthreads,
             environment: self.runner.environment.clone(),
+            secrets: SECRETS.iter().map(OsString::from).collect(),
+            argv: std::env::args_os().map(|text| text.to_string_lossy().into_owned()).collect(),
+            attempts: self.runner.attempts,
             local_directory,
             prefetch: agent::PREFETCH,
             ..exec::Config::default()

@@ -268,7 +268,8 @@ fn yaml_scalars_and_documents() {
 }
 
 /// Keys that Dask reads though its own defaults do not have them.
-const NOT_IN_DEFAULTS: &[&str] = &["scheduler-address", "distributed.logging", "logging"];
+const NOT_IN_DEFAULTS: &[&str] =
+    &["scheduler-address", "distributed.nanny.blocked-handlers", "distributed.logging", "logging"];
 
 #[test]
 fn without_configuration_everything_is_as_dasks_defaults_say() {

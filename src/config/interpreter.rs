@@ -48,7 +48,7 @@ pub enum InterpreterError {
     #[error("{} is not an executable file: name a Python interpreter with --python", program.display())]
     NotExecutable { program: PathBuf },
     /// It does not say what it is.
-    #[error("{source}: name a Python interpreter with --python")]
+    #[error("this is no usable Python, name another one with --python")]
     Broken {
         #[source]
         source: scheduler::Error,

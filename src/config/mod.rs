@@ -32,7 +32,7 @@ pub use env::Environment;
 pub use interpreter::{InterpreterError, Python};
 pub use machine::Machine;
 pub use own::DEFAULT_FILE;
-pub use settings::{Bind, Comm, Lifetime, Memory, Runner, Settings, Transfer, Tuning, Worker};
+pub use settings::{Comm, Lifetime, Memory, Runner, Settings, Transfer, Tuning, Worker};
 pub use sources::Place;
 pub use value::{Node, Source, Value};
 
@@ -68,7 +68,7 @@ pub enum Error {
     )]
     UnknownKey { path: PathBuf, key: String, suggestion: Option<&'static str> },
     /// Our own file cannot be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
+    #[error("cannot read {}", path.display())]
     Unreadable {
         path: PathBuf,
         #[source]

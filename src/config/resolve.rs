@@ -30,6 +30,11 @@ const PRE_SPAWN: &[(&str, &str)] = &[
     ("MKL_NUM_THREADS", "1"),
     ("OPENBLAS_NUM_THREADS", "1"),
 ];
+/// Time for moving data away before the daemon ends; `dask worker` gives none, a service manager some 90 s, Kubernetes 30.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(25);
+/// A task whose process died gets one more.
+const TASK_ATTEMPTS: u32 = 2;
+
 /// Resolves everything; `remarks` collects what an operator should know and no value is wrong about.
 ///
 /// # Errors
@@ -43,13 +48,14 @@ pub fn resolve(
 ) -> Result<Settings, Error> {
     sources.refuse_unsupported()?;
     refuse_modes(sources)?;
+    remark_on_spilling(sources, remarks);
     let nanny = sources.read("nanny", boolean)?.unwrap_or(true);
     let addresses = addresses::read(sources)?;
     let workers = workers(sources, machine, nanny, &addresses, remarks)?;
     Ok(Settings {
         scheduler: addresses::scheduler(sources)?,
         workers,
-        bind: addresses.bind,
+        host: addresses.host,
         contact_address: addresses.contact,
         nanny,
         resources: resources_of(sources)?,
@@ -59,7 +65,7 @@ pub fn resolve(
         pid_file: sources.read("pid-file", text)?.map(PathBuf::from),
         scratch: scratch(sources, env)?,
         use_file_locking: sources.read("worker.use-file-locking", boolean)?.unwrap_or(true),
-        runner: Runner { python, environment: environment(sources, env)?, threads_per_runner: 1 },
+        runner: Runner { python, environment: environment(sources, env)?, attempts: attempts(sources)? },
         memory: memory(sources)?,
         transfer: transfer(sources)?,
         comm: comm(sources)?,
@@ -224,6 +230,21 @@ fn memory(sources: &Sources) -> Result<Memory, Error> {
     })
 }
 
+/// Says which memory settings somebody made that nothing heeds yet.
+fn remark_on_spilling(sources: &Sources, remarks: &mut Vec<String>) {
+    for name in ["memory.target", "memory.spill", "memory.max-spill", "memory.monitor-interval"] {
+        if let Some(found) = sources.find(name).filter(|found| found.node.value != Value::Bool(false)) {
+            let place = found.place();
+            remarks.push(format!("{place} has no effect yet: spilling results to disk comes later"));
+        }
+    }
+}
+
+fn attempts(sources: &Sources) -> Result<u32, Error> {
+    let small = |value: &Value| u32::try_from(count(1)(value)?).map_err(|_| "too large a number".to_owned());
+    Ok(sources.read("worker.task-attempts", small)?.unwrap_or(TASK_ATTEMPTS))
+}
+
 fn transfer(sources: &Sources) -> Result<Transfer, Error> {
     Ok(Transfer {
         incoming_connections: sources.read("transfer.incoming-connections", count(1))?.unwrap_or(10),
@@ -255,8 +276,11 @@ fn comm(sources: &Sources) -> Result<Comm, Error> {
 }
 
 fn tuning(sources: &Sources) -> Result<Tuning, Error> {
+    let retire = sources.read("worker.retire-timeout", duration(Unit::Seconds))?;
     Ok(Tuning {
         blocked_handlers: sources.read("worker.blocked-handlers", texts)?.unwrap_or_default(),
+        nanny_blocked_handlers: sources.read("nanny-blocked-handlers", texts)?.unwrap_or_default(),
+        retire_timeout: retire.unwrap_or(RETIRE_TIMEOUT),
         default_data_size: sources.read("worker.default-data-size", bytes)?.unwrap_or(1024),
         story_length: sources.read("worker.story-length", count(0))?.unwrap_or(1000),
         validate: sources.read("worker.validate", boolean)?.unwrap_or(false),
@@ -377,14 +401,14 @@ pub(super) mod tests {
         let listen = |pairs: &[(&'static str, &str)]| {
             let settings = resolved(texts(pairs));
             let contact = settings.contact_address.map(|address| address.to_string());
-            (settings.bind, settings.workers[0].worker_ports.clone(), contact)
+            (settings.host, settings.workers[0].worker_ports.clone(), contact)
         };
-        let host = |text: &str| Bind::Host(text.to_owned());
-        assert_eq!(listen(&[]), (Bind::Auto, vec![0], None));
+        let host = |text: &str| Some(text.to_owned());
+        assert_eq!(listen(&[]), (None, vec![0], None));
         assert_eq!(listen(&[("host", "10.0.0.1:80")]), (host("10.0.0.1"), vec![80], None));
         assert_eq!(listen(&[("host", "tcp://[::1]")]), (host("::1"), vec![0], None));
         assert_eq!(listen(&[("interface", "lo")]).0, host("127.0.0.1"));
-        assert_eq!(listen(&[("listen-address", "tcp://:80")]), (Bind::All, vec![80], None));
+        assert_eq!(listen(&[("listen-address", "tcp://:80")]), (None, vec![80], None));
         assert_eq!(listen(&[("listen-address", "tcp://0.0.0.0:80")]), (host("0.0.0.0"), vec![80], None));
         let told = Some("tcp://10.0.0.1:80".to_owned());
         assert_eq!(listen(&[("listen-address", "tcp://10.0.0.1:80")]), (host("10.0.0.1"), vec![80], told));

@@ -21,8 +21,9 @@ pub struct Settings {
     pub scheduler: Location,
     /// The workers of this daemon; more than one with `--nworkers`.
     pub workers: Vec<Worker>,
-    /// Address a listener takes.
-    pub bind: Bind,
+    /// Host name or address to listen on, without brackets. `None`: as a stock worker, the worker listens on all
+    /// addresses and the nanny on the one that reaches the scheduler.
+    pub host: Option<String>,
     /// Address told to the scheduler and peers, where it is not the one listened on.
     pub contact_address: Option<Address>,
     /// Whether each worker has a nanny's address too.
@@ -70,17 +71,6 @@ pub struct Worker {
     pub nanny_ports: Vec<u16>,
 }
 
-/// Which of the machine's addresses to listen on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Bind {
-    /// As a stock worker: the worker on all, the nanny on the one that reaches the scheduler, both tell that one.
-    Auto,
-    /// All of them (`--listen-address tcp://:9000`).
-    All,
-    /// This host name or address, without brackets.
-    Host(String),
-}
-
 /// When a worker leaves by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lifetime {
@@ -99,8 +89,8 @@ pub struct Runner {
     pub python: Python,
     /// Environment variables on top of the daemon's own, as a stock nanny sets them.
     pub environment: Vec<(OsString, OsString)>,
-    /// Tasks at once in one runner.
-    pub threads_per_runner: usize,
+    /// How often a task is tried when the process that runs it dies.
+    pub attempts: u32,
 }
 
 /// Memory thresholds as fractions of the limit; `None` turns one off.
@@ -155,8 +145,12 @@ pub struct Comm {
 /// The state machine and the handlers around it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tuning {
-    /// Operations that are refused.
+    /// Operations that the worker refuses.
     pub blocked_handlers: Vec<String>,
+    /// Operations that its nanny refuses.
+    pub nanny_blocked_handlers: Vec<String>,
+    /// Time for moving data away when the worker is told to stop.
+    pub retire_timeout: Duration,
     /// Bytes assumed for a result whose size nobody knows.
     pub default_data_size: u64,
     /// Entries kept of what happened to tasks.
