@@ -14,8 +14,6 @@ use crate::scheduler::now;
 use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName, Task, TypeInfo};
 use crate::telemetry::CauseLabel;
 
-/// Executors that a stock worker has (`Worker.executors`).
-const EXECUTORS: [&str; 3] = ["actor", "default", "offload"];
 /// Attempts to start the interpreter before the worker gives up.
 const INTERPRETER_ATTEMPTS: u32 = 3;
 
@@ -50,6 +48,7 @@ impl Driver {
             run_id,
             exception: (*error.exception).clone(),
             traceback: None,
+            task_text: "".into(),
             exception_text: error.exception_text,
             traceback_text: error.traceback_text,
             start: None,
@@ -69,12 +68,6 @@ impl Driver {
             return fail("NotImplementedError", "this worker does not hold actors yet".into());
         }
         let annotations = task.annotations().cloned().unwrap_or_else(|| Arc::new(Value::Nil));
-        if let Some(executor) = annotations.field("executor").and_then(Value::as_str)
-            && !EXECUTORS.contains(&executor)
-        {
-            let known = "['actor', 'default', 'offload']";
-            return fail("ValueError", format!("Invalid executor '{executor}'; expected one of: {known}"));
-        }
         let mut inputs = Vec::new();
         for dependency in self.state.dependencies(task) {
             let Some(object) = self.shared.store.get(dependency) else {
@@ -243,12 +236,14 @@ impl Driver {
     }
 
     fn failed(&mut self, failed: exec::Failed) {
-        let exec::Failed { key, run_id, exception, traceback, exception_text, traceback_text, .. } = failed;
+        let exec::Failed {
+            key, run_id, exception, traceback, task_text, exception_text, traceback_text, ..
+        } = failed;
         let task = self.state.task(&key);
         if let Some(state) = task.map(Task::state_name).filter(|state| *state != StateName::Cancelled) {
             error!(
                 target: WORKER,
-                "Compute Failed\nKey:       {key}\nState:     {}\nException: {exception_text:?}\nTraceback: {traceback_text:?}\n",
+                "Compute Failed\nKey:       {key}\nState:     {}\nTask:  {task_text}\nException: {exception_text:?}\nTraceback: {traceback_text:?}\n",
                 state.as_str(),
             );
         }

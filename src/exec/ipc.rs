@@ -124,6 +124,7 @@ pub(super) struct Done {
 pub(super) struct RawFailure {
     pub(super) exception: RawObject,
     pub(super) traceback: Option<RawObject>,
+    pub(super) task_text: String,
     pub(super) exception_text: String,
     pub(super) traceback_text: String,
     pub(super) start: Option<f64>,
@@ -443,6 +444,7 @@ impl Items {
                 Value::List(items) => Some(Items(items.into_iter()).object()?),
                 _ => return None,
             },
+            task_text: self.text()?,
             exception_text: self.text()?,
             traceback_text: self.text()?,
             start: self.maybe_float()?,

@@ -208,6 +208,8 @@ pub struct Failed {
     pub exception: Payload,
     /// Likewise; none when it is too long, or nothing was raised.
     pub traceback: Option<Payload>,
+    /// `repr` of the task, at most 1000 characters; empty when it could not be opened.
+    pub task_text: Arc<str>,
     /// `repr` of the exception.
     pub exception_text: Arc<str>,
     /// The traceback, formatted.

@@ -249,21 +249,15 @@ class Runner:
             return channel.RESCHEDULE, []
         if isinstance(error, Interrupted) and self.interrupted == self.seq:
             return channel.SKIPPED, []
-        report = self._failure(error, start, stop)
-        logger.error(
-            "Compute Failed\nKey:       %s\nState:     executing\nTask:  %s\nException: %r\nTraceback: %r\n",
-            self.key,
-            safe_repr(task)[:1000],
-            report[2],
-            report[3],
-        )
-        return report
+        return self._failure(error, start, stop, safe_repr(task)[:1000])
 
-    def _failure(self, error: BaseException, start: float | None, stop: float | None) -> tuple[Any, ...]:
+    def _failure(
+        self, error: BaseException, start: float | None, stop: float | None, task: str = ""
+    ) -> tuple[Any, ...]:
         message = error_message(error)
         traceback = message["traceback"]
         objects = [channel.dump(message["exception"].data), traceback and channel.dump(traceback.data)]
-        texts = message["exception_text"], message["traceback_text"]
+        texts = task, message["exception_text"], message["traceback_text"]
         return channel.FAILED, objects, *map(clean, texts), start, stop, self.thread
 
     # the control thread
