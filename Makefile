@@ -40,7 +40,7 @@ demo: build $(VENV)/.installed ## run a real job on a stock scheduler and one wo
 test: test-rust test-python ## run all tests: units, the oracle, behaviour against a real scheduler
 
 test-rust: $(VENV)/.installed
-	PATH="$(RUN):$$PATH" cargo test --locked --release
+	PATH="$(RUN):$$PATH" cargo test --locked
 
 test-versions: build ## run a part of the behaviour tests on the oldest Dask and on newer Pythons
 	@tests/versions
