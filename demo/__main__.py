@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace, processes: Processes, directory: Path) ->
     if arguments.worker != "stock" and not os.access(arguments.worker, os.X_OK):
         raise FileNotFoundError(f"no worker at {arguments.worker}: `make build` makes one")
     scheduler = start_cluster(arguments, processes, directory)
-    processes.start("program", [sys.executable, ROOT / "demo/flights.py", scheduler], log=False)
+    # Its files go where ours are, so that they go with ours even if it is stopped half-way.
+    env = os.environ | {"TMPDIR": str(directory)}
+    processes.start("program", [sys.executable, ROOT / "demo/flights.py", scheduler], env, log=False)
     return processes.wait_until_end("program", among=("scheduler", "worker"))
 
 
