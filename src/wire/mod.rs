@@ -26,7 +26,7 @@ pub struct Limits {
     pub message_bytes: u64,
     /// Frames in a message.
     pub frames: usize,
-    /// Nesting of lists and maps. msgpack for Python itself stops between 256 and 512.
+    /// Nesting of lists and maps. Python's msgpack stops at 1024, the rest of Dask earlier.
     pub depth: usize,
     /// Items (of lists, maps, and their nested ones) in a message.
     pub values: usize,
@@ -39,7 +39,7 @@ impl Default for Limits {
         Limits {
             message_bytes: 64 << 30,
             frames: 4 << 20,
-            depth: 256,
+            depth: 512,
             values: 16 << 20,
             decompressed_bytes: 16 << 30,
         }

@@ -274,11 +274,14 @@ impl<'a, P: Payloads> Decoder<'a, P> {
     }
 
     fn map(&mut self, len: usize, depth: usize) -> Result<Value, Error> {
+        if len == 1 {
+            return self.single(depth);
+        }
         let mut items = Vec::with_capacity(len.min(RESERVE));
         let mut marked = false;
         for _ in 0..len {
             let key = self.value(depth)?;
-            marked |= matches!(&key, Value::Str(s) if s.starts_with("__"));
+            marked |= is_marker(&key);
             items.push((key, self.value(depth)?));
         }
         if !marked {
@@ -289,6 +292,23 @@ impl<'a, P: Payloads> Decoder<'a, P> {
         }
         Ok(into_set(items))
     }
+
+    /// A map of one pair, which most payload markers are: those need no memory.
+    fn single(&mut self, depth: usize) -> Result<Value, Error> {
+        let key = self.value(depth)?;
+        let pair = [(key, self.value(depth)?)];
+        if is_marker(&pair[0].0)
+            && let Some(payload) = self.payloads.resolve(&pair)?
+        {
+            return Ok(payload);
+        }
+        Ok(Value::Map(pair.into()))
+    }
+}
+
+/// Whether a map with this key may stand for something else.
+fn is_marker(key: &Value) -> bool {
+    matches!(key, Value::Str(name) if name.starts_with("__"))
 }
 
 /// A map that marks a set as the set, any other as it is.
@@ -297,9 +317,12 @@ fn into_set(items: Vec<(Value, Value)>) -> Value {
     if map.field("__Enum__").is_some() || map.field("__Set__").is_none() {
         return map;
     }
-    match map.take_field("as-list") {
-        Some(Value::List(items)) => Value::Set(items),
-        _ => map,
+    match map.field("as-list").and_then(Value::as_list) {
+        None => map,
+        Some(_) => match map.take_field("as-list") {
+            Some(Value::List(items) | Value::Set(items)) => Value::Set(items),
+            _ => map,
+        },
     }
 }
 

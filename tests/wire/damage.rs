@@ -109,10 +109,10 @@ fn malformed_values_are_named_with_their_place() {
     assert!(matches!(error(b"\x91\xc1"), Error::Marker { marker: 0xc1, offset: 1 }));
     assert!(matches!(error(b"\xd4\x01\x02"), Error::Marker { marker: 0xd4, offset: 0 }));
     assert!(matches!(error(b"\xc0\xc0\xc0"), Error::Trailing { offset: 1, bytes: 2 }));
-    let deep = [vec![0x91; 256], vec![0xc0]].concat();
+    let deep = [vec![0x91; 512], vec![0xc0]].concat();
     assert!(main_frame(&deep).is_ok());
-    let deeper = [vec![0x91; 257], vec![0xc0]].concat();
-    assert!(matches!(error(&deeper), Error::TooDeep { limit: 256, .. }));
+    let deeper = [vec![0x91; 513], vec![0xc0]].concat();
+    assert!(matches!(error(&deeper), Error::TooDeep { limit: 512, .. }));
     let few = Limits { values: 10, ..Limits::default() };
     let eleven = Bytes::from([vec![0x9b], vec![0xc0; 11]].concat());
     assert!(matches!(msgpack::decode(&eleven, &few), Err(Error::TooMany { count: 11, limit: 10, .. })));
@@ -168,6 +168,11 @@ fn markers_that_point_nowhere_are_refused() {
     assert!(matches!(marker(huge, 1), Err(Error::FrameIndex { .. })));
     let twice = [b"\x92".as_slice(), &at(1), &at(1)].concat();
     assert!(matches!(marker(&twice, 1), Err(Error::FrameReused { index: 1 })));
+    // sets of what is no list, and enum members, stay as they are
+    for plain in [b"\x82\xa7__Set__\xc3\xa7as-list\xa1x".as_slice(), b"\x81\xa8__Enum__\xc3"] {
+        let value = main_frame(plain).unwrap();
+        assert_eq!(encode_message(&value, Compression::None).unwrap(), [plain]);
+    }
     // not markers to Dask either
     for plain in [at(0), at(0xff), b"\x81\xae__Serialized__\xc0".to_vec()] {
         assert!(matches!(marker(&plain, 1), Ok(Value::Map(_))));
