@@ -61,6 +61,13 @@ fn run(mut gathered: Gathered) -> Result<Exit, Exit> {
         let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {}", explain(&error));
         Exit::System
     })?;
+    let python = gathered.python();
+    tracing::info!(
+        "iqoqo-dask-worker {}, Python {}, distributed {}, sandbox off",
+        env!("CARGO_PKG_VERSION"),
+        python.interpreter.version,
+        python.distributed
+    );
     for remark in gathered.remarks() {
         tracing::warn!("{remark}");
     }

@@ -57,6 +57,7 @@ pub fn command(stub: &Path, program: &OsStr, arguments: &[&OsStr], connection: O
 }
 
 /// The stub's whole life: `arguments` are those after [`SUBCOMMAND`]. Called before any thread is started.
+#[allow(clippy::disallowed_methods, reason = "the stub holds nothing that a drop would tidy up")]
 pub fn init_main(arguments: impl Iterator<Item = OsString>) -> ! {
     let Err(error) = confine_and_exec(&arguments.collect::<Vec<_>>());
     let mut text = format!("{SUBCOMMAND}: {error}");
