@@ -243,7 +243,8 @@ impl<T> HeapSet<T> {
         if let Some(top) = self.heap.as_slice().first() {
             frontier.push((top, 0));
         }
-        Sorted { set: self, frontier, seen: IdSet::default() }
+        let may_repeat = self.heap.len() > self.members.len();
+        Sorted { set: self, frontier, seen: may_repeat.then(IdSet::default) }
     }
 }
 
@@ -251,8 +252,8 @@ impl<T> HeapSet<T> {
 pub(super) struct Sorted<'a, T> {
     set: &'a HeapSet<T>,
     frontier: BinaryHeap<(&'a Entry<T>, usize)>,
-    /// An item taken out and put back may be in the heap twice.
-    seen: IdSet<T>,
+    /// An item taken out and put back may be in the heap twice; none, if there are no leftovers in the heap.
+    seen: Option<IdSet<T>>,
 }
 
 impl<T> Iterator for Sorted<'_, T> {
@@ -266,7 +267,11 @@ impl<T> Iterator for Sorted<'_, T> {
                     self.frontier.push((node, child));
                 }
             }
-            if self.set.contains(entry.id) && self.seen.insert(entry.id) {
+            let first_time = match &mut self.seen {
+                Some(seen) => self.set.contains(entry.id) && seen.insert(entry.id),
+                None => true,
+            };
+            if first_time {
                 return Some(entry.id);
             }
         }

@@ -136,6 +136,20 @@ fn event_fields(kind: &EventKind) -> (&'static str, Vec<(&'static str, Value)>) 
         EventKind::Pause => ("PauseEvent", Vec::new()),
         EventKind::Unpause => ("UnpauseEvent", Vec::new()),
         EventKind::UpdateData { data } => ("UpdateDataEvent", vec![("data", stored(data))]),
+        EventKind::RetryBusyWorker { worker } => ("RetryBusyWorkerEvent", vec![("worker", text(worker))]),
+        EventKind::FindMissing => ("FindMissingEvent", Vec::new()),
+        EventKind::Reschedule { key } => ("RescheduleEvent", of_key(key)),
+        EventKind::Secede { key, compute_duration } => {
+            ("SecedeEvent", vec![("key", Value::from(key)), ("compute_duration", (*compute_duration).into())])
+        }
+        EventKind::DataLost { keys: k } => ("DataLostEvent", vec![("keys", keys(k))]),
+        end => end_fields(end),
+    }
+}
+
+/// The events that end a transfer or a computation.
+fn end_fields(kind: &EventKind) -> (&'static str, Vec<(&'static str, Value)>) {
+    match kind {
         EventKind::GatherDepSuccess { worker, total_nbytes, data } => {
             let mut fields = of_peer(worker, *total_nbytes);
             fields.push(("data", stored(data)));
@@ -152,8 +166,6 @@ fn event_fields(kind: &EventKind) -> (&'static str, Vec<(&'static str, Value)>) 
             fields.extend(error_texts(error));
             ("GatherDepFailureEvent", fields)
         }
-        EventKind::RetryBusyWorker { worker } => ("RetryBusyWorkerEvent", vec![("worker", text(worker))]),
-        EventKind::FindMissing => ("FindMissingEvent", Vec::new()),
         EventKind::ExecuteSuccess { key, run_id, start, stop, nbytes, .. } => {
             let mut fields = of_key(key);
             fields.extend([
@@ -174,11 +186,7 @@ fn event_fields(kind: &EventKind) -> (&'static str, Vec<(&'static str, Value)>) 
             fields.extend(error_texts(error));
             ("ExecuteFailureEvent", fields)
         }
-        EventKind::Reschedule { key } => ("RescheduleEvent", of_key(key)),
-        EventKind::Secede { key, compute_duration } => {
-            ("SecedeEvent", vec![("key", Value::from(key)), ("compute_duration", (*compute_duration).into())])
-        }
-        EventKind::DataLost { keys: k } => ("DataLostEvent", vec![("keys", keys(k))]),
+        _ => ("StateMachineEvent", Vec::new()),
     }
 }
 

@@ -1,12 +1,12 @@
 """The Python side of the oracle: drives Dask's own WorkerState with the events that the Rust side sends.
 
-One line of JSON in for each sequence of events, one line out. Every step is answered with a digest of what both sides
-must agree on: the instructions as a multiset, the whole observable state, and the new lines of the transition log. With
-"verbose" the texts themselves come back.
+One line of JSON in for each sequence of events, one line out. Every step is answered with a digest of what
+both sides must agree on: the instructions as a multiset, the whole observable state, and the new lines of the
+transition log. With "verbose" the texts themselves come back.
 
-Two things in Dask depend on chance and are pinned here, as they are in the Rust code: sets iterate in the order of the
-objects' addresses (here: insertion order, the last item filling the hole that a removal leaves), and among peers equal
-in everything else one is drawn (here: the smallest address).
+Two things in Dask depend on chance and are pinned here, as they are in the Rust code: sets iterate in the
+order of the objects' addresses (here: insertion order, the last item filling the hole that a removal leaves),
+and among peers equal in everything else one is drawn (here: the smallest address).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SwapSet(MutableSet):
 
     __slots__ = ("items", "positions")
 
-    def __init__(self, items: Iterable = ()):
+    def __init__(self, items: Iterable = ()) -> None:
         self.items: list = []
         self.positions: dict = {}
         for item in items:
@@ -103,7 +103,7 @@ class SmallestFirst:
 class A:
     """A value of a known size."""
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
 
 
@@ -151,7 +151,7 @@ def count_transitions() -> None:
 class Sequence:
     """One worker and the events that happen to it."""
 
-    def __init__(self, setup: Json):
+    def __init__(self, setup: Json) -> None:
         self.keys = [self.decode_key(key) for key in setup["keys"]]
         self.workers: list[str] = setup["workers"]
         self.resources = [dict(r) for r in setup["restrictions"]]
@@ -305,8 +305,11 @@ class Sequence:
         names = [self.names[key] for key in keys]
         return ",".join(sorted(names) if sort else names)
 
-    def tasks_text(self, tasks: Iterable, *, sort: bool = True) -> str:
-        return self.some((ts.key for ts in tasks), sort=sort)
+    def tasks_text(self, tasks: Iterable) -> str:
+        return self.some(ts.key for ts in tasks)
+
+    def in_order(self, tasks: Iterable) -> str:
+        return self.some((ts.key for ts in tasks), sort=False)
 
     def peers_text(self, workers: Iterable) -> str:
         return ",".join(sorted(self.worker_names[w] for w in workers))
@@ -353,7 +356,7 @@ class Sequence:
         return (
             f"{self.names[ts.key]} {ts.prefix} {ts.state} {ts.previous} {ts.next} n={ts.nbytes} p={priority} "
             f"r={ts.run_id} h={self.peers_text(ts.who_has)} f={coming_from} "
-            f"d={self.tasks_text(ts.dependencies, sort=False)} t={self.tasks_text(ts.dependents, sort=False)} "
+            f"d={self.in_order(ts.dependencies)} t={self.in_order(ts.dependents)} "
             f"w={self.tasks_text(ts.waiting_for_data)} v={self.tasks_text(ts.waiters)} "
             f"{int(ts.done)} {kind} {restrictions} s={len(ts.startstops)} {error}"
         )
@@ -361,24 +364,27 @@ class Sequence:
     def snapshot(self) -> str:
         ws = self.state
         names, workers = self.names, self.worker_names
-        counts = sorted(f"{prefix}/{state}={n}" for (prefix, state), n in ws.task_counter.current_count().items())
-        by_state = sorted(f"{state}={n}" for state, n in ws.task_counter.current_count(by_prefix=False).items())
+        counter = ws.task_counter
+        counts = sorted(f"{prefix}/{state}={n}" for (prefix, state), n in counter.current_count().items())
+        by_state = sorted(f"{state}={n}" for state, n in counter.current_count(by_prefix=False).items())
         needed = sorted(
-            f"{workers[w]}:{self.tasks_text(tss.sorted(), sort=False)}" for w, tss in ws.data_needed.items() if tss
+            f"{workers[w]}:{self.in_order(tss.sorted())}" for w, tss in ws.data_needed.items() if tss
         )
         has_what = sorted(f"{workers[w]}:{self.some(keys)}" for w, keys in ws.has_what.items() if keys)
-        in_flight = sorted(f"{workers[w]}:{self.some(keys, sort=False)}" for w, keys in ws.in_flight_workers.items())
+        in_flight = sorted(
+            f"{workers[w]}:{self.some(keys, sort=False)}" for w, keys in ws.in_flight_workers.items()
+        )
         lines = sorted(map(self.task, ws.tasks.values()))
         lines += (
             f"running={int(ws.running)} executed={ws.executed_count} nbytes={ws.nbytes} "
             f"transitions={ws.transition_counter} incoming={ws.transfer_incoming_bytes}/"
             f"{ws.transfer_incoming_count}/{ws.transfer_incoming_count_total}",
-            f"ready={self.tasks_text(ws.ready.sorted(), sort=False)}",
-            f"constrained={self.tasks_text(ws.constrained.sorted(), sort=False)}",
-            f"executing={self.tasks_text(ws.executing, sort=False)}",
-            f"long-running={self.tasks_text(ws.long_running, sort=False)}",
-            f"in-flight-tasks={self.tasks_text(ws.in_flight_tasks, sort=False)}",
-            f"missing={self.tasks_text(ws.missing_dep_flight, sort=False)}",
+            f"ready={self.in_order(ws.ready.sorted())}",
+            f"constrained={self.in_order(ws.constrained.sorted())}",
+            f"executing={self.in_order(ws.executing)}",
+            f"long-running={self.in_order(ws.long_running)}",
+            f"in-flight-tasks={self.in_order(ws.in_flight_tasks)}",
+            f"missing={self.in_order(ws.missing_dep_flight)}",
             f"waiting={len(ws.waiting)}",
             f"busy={self.peers_text(ws.busy_workers)}",
             f"data={','.join(sorted(names[key] for key in ws.data))}",
