@@ -52,15 +52,16 @@ pub(super) enum Report {
 pub(super) enum End {
     /// The worker is to leave.
     Leave,
-    /// The worker is to come back as another one; whoever asked waits for that.
-    Restart { done: Option<oneshot::Sender<()>> },
-    /// The worker is to do nothing until it is started again; whoever asked waits for that.
-    Halt { done: oneshot::Sender<()> },
+    /// The worker is to come back as another one; somebody may wait until the old one is down, or the new one up.
+    Restart { down: Option<oneshot::Sender<()>>, up: Option<oneshot::Sender<()>> },
     /// The scheduler is gone, or does not know us any more.
     Lost(Lost),
     /// It cannot go on.
     Failed(Error),
 }
+
+/// A restart that nobody waits for.
+const RESTART: End = End::Restart { down: None, up: None };
 
 /// What follows once our data is elsewhere.
 #[derive(Debug)]
@@ -269,7 +270,7 @@ impl Driver {
         let text = error.to_string();
         let message = Value::map([("action", "invalid-worker-state".into()), ("error", text.into())]);
         self.session.sender().send(log_event("invalid-worker-task-state", message));
-        self.end = Some(End::Restart { done: None });
+        self.end = Some(RESTART);
     }
 
     fn carry_out(&mut self, instruction: Instruction) {
@@ -319,7 +320,7 @@ impl Driver {
             Report::Retired => {
                 if let Some(Retiring { reason, restart }) = self.retiring.take() {
                     let end = self.leave(&reason);
-                    self.end = Some(if restart { End::Restart { done: None } } else { end });
+                    self.end = Some(if restart { RESTART } else { end });
                 }
             }
         }

@@ -29,11 +29,11 @@ pub(super) enum Command {
     Close { reason: String },
     /// Let the scheduler move our data away, then leave, or come back as another worker.
     CloseGracefully { reason: String, restart: bool },
-    /// Come back as another worker, with new processes; answered when it is registered.
+    /// End all processes, and come back as another worker; answered when it is registered.
     Restart { reason: String, done: oneshot::Sender<()> },
-    /// End all processes and leave the scheduler, and wait to be started again; answered when that is done.
+    /// The same, answered when the processes are gone.
     Kill { reason: String, done: oneshot::Sender<()> },
-    /// Start again after that; answered when it is registered.
+    /// Be there; answered when it is registered.
     Instantiate { done: oneshot::Sender<()> },
 }
 
@@ -65,11 +65,11 @@ impl Driver {
             Command::CloseGracefully { reason, restart } => self.retire(&reason, restart),
             Command::Restart { reason, done } => {
                 info!(target: NANNY, "Restarting worker. Reason: {reason}");
-                return Some(End::Restart { done: Some(done) });
+                return Some(End::Restart { down: None, up: Some(done) });
             }
             Command::Kill { reason, done } => {
                 info!(target: NANNY, "Killing worker. Reason: {reason}");
-                return Some(End::Halt { done });
+                return Some(End::Restart { down: Some(done), up: None });
             }
             Command::Instantiate { done } => answer(done, ()),
         }

@@ -23,6 +23,9 @@ use crate::scheduler::{Attempt, Identity, Name, NannyRegistration, Scheduler, Se
 use crate::telemetry::log::Recent;
 use crate::telemetry::{self, Pulse};
 
+/// The plugin that a scheduler sends to each worker.
+const SHUFFLE: &str = "shuffle";
+
 /// A worker with its servers up.
 struct Worker {
     shared: Arc<Shared>,
@@ -174,13 +177,12 @@ impl Worker {
                     warn!(target: WORKER, "{lost}; registering anew");
                     attempt = Attempt::Again;
                 }
-                End::Restart { done } => waiting = done,
-                End::Halt { done } => {
-                    let _ = done.send(());
-                    match self.halted().await {
-                        Some(done) => waiting = Some(done),
-                        None => return Ok(()),
+                End::Restart { down, up } => {
+                    if let Some(down) = down {
+                        // whoever asked may have given up
+                        let _ = down.send(());
                     }
+                    waiting = up;
                 }
             }
             self.shared.renew_identity();
@@ -199,14 +201,15 @@ impl Worker {
         self.shared.set_pool(Some(pool.clone()));
         pool.set_worker_info(self.info());
         let mut stop = self.stop.clone();
+        let mut waiting: Vec<_> = waiting.into_iter().collect();
         let session = tokio::select! {
             session = register(&self.shared, self.nanny.as_ref(), attempt) => session?,
             () = turn(&self.shared.pulse) => return Ok(End::Leave),
             () = told(&mut stop) => return Ok(End::Leave),
-            () = told_to_close(&mut self.commands) => return Ok(End::Leave),
+            () = told_to_close(&mut self.commands, &mut waiting) => return Ok(End::Leave),
         };
         self.shared.pulse.set_ready(true);
-        if let Some(waiting) = waiting {
+        for waiting in waiting {
             // whoever asked may have given up
             let _ = waiting.send(());
         }
@@ -214,22 +217,6 @@ impl Worker {
         let driver = Driver::new(self.shared.clone(), pool.clone(), session, jobs);
         let inputs = Inputs { outcomes, reports, commands: &mut self.commands, stop: self.stop.clone() };
         Ok(driver.run(inputs).await)
-    }
-
-    /// Waits to be started again after a kill; `None`: to leave instead.
-    async fn halted(&mut self) -> Option<oneshot::Sender<()>> {
-        loop {
-            tokio::select! {
-                () = told(&mut self.stop) => return None,
-                command = self.commands.recv() => match command? {
-                    Command::Instantiate { done } | Command::Restart { done, .. } => return Some(done),
-                    Command::Close { .. } | Command::CloseGracefully { .. } => return None,
-                    Command::Kill { done, .. } => _ = done.send(()),
-                    // those who wait for an answer see that there is no worker
-                    _ => {}
-                },
-            }
-        }
     }
 
     fn info(&self) -> WorkerInfo {
@@ -272,13 +259,22 @@ fn server(shared: &Arc<Shared>, address: Address) -> Peer<WorkerBackend> {
     }
 }
 
-/// Waits for the order to leave, while there is no driver to take it.
-async fn told_to_close(commands: &mut mpsc::UnboundedReceiver<Command>) {
+/// Waits for the order to leave, while there is no driver to take it. Those who want the worker to be up wait with it.
+async fn told_to_close(
+    commands: &mut mpsc::UnboundedReceiver<Command>,
+    waiting: &mut Vec<oneshot::Sender<()>>,
+) {
     while let Some(command) = commands.recv().await {
-        if matches!(command, Command::Close { .. } | Command::CloseGracefully { .. }) {
-            return;
+        match command {
+            Command::Close { .. } | Command::CloseGracefully { .. } => return,
+            Command::Instantiate { done } | Command::Restart { done, .. } => waiting.push(done),
+            // there is nothing to kill
+            Command::Kill { done, .. } => _ = done.send(()),
+            // those who ask about tasks and data see that there is no worker
+            _ => {}
         }
     }
+    std::future::pending().await
 }
 
 /// Registers nanny and worker, in the order of a stock nanny.
@@ -289,7 +285,9 @@ async fn register(shared: &Shared, nanny: Option<&Address>, attempt: Attempt) ->
     };
     let identity = shared.identity();
     let mut session = shared.scheduler.register(&identity, &at_rest(shared), attempt).await?;
-    for (name, _) in session.take_plugins() {
+    // P2P shuffling is not supported yet: its tasks say that the worker has no such plugin
+    let other = |(name, _): &(Value, Value)| name.as_str() != Some(SHUFFLE);
+    for (name, _) in session.take_plugins().into_iter().filter(other) {
         warn!(target: WORKER, "worker plugin {name:?} is not set up: plugins are not supported yet");
     }
     if let Some(announced) = announced {
