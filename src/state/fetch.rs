@@ -126,28 +126,31 @@ impl WorkerState {
             let Some(id) = self.id(key) else { continue };
             let mut peers: SmallVec<[Id<Peer>; 2]> = SmallVec::new();
             for worker in workers {
-                // Ourselves: the scheduler has yet to read that we released it.
+                // Ourselves among them: the scheduler has yet to read that we released it.
                 if *worker != self.address {
-                    let peer = self.peer(worker);
-                    if !peers.contains(&peer) {
-                        peers.push(peer);
-                    }
+                    peers.push(self.peer(worker));
                 }
             }
+            peers.sort_unstable();
+            peers.dedup();
             self.set_who_has(id, peers);
         }
     }
 
+    /// `peers` must be sorted and without repetition.
     pub(super) fn set_who_has(&mut self, id: Id<Task>, peers: SmallVec<[Id<Peer>; 2]>) {
         let task = &mut self.tasks[id];
+        if task.who_has == peers {
+            return;
+        }
         let fetch = matches!(task.state, State::Fetch);
         let before = std::mem::replace(&mut task.who_has, peers.clone());
-        for &peer in before.iter().filter(|peer| !peers.contains(peer)) {
+        for &peer in before.iter().filter(|peer| peers.binary_search(peer).is_err()) {
             let known = &mut self.peers[peer];
             known.has_what.swap_remove(&id);
             known.data_needed.discard(id);
         }
-        for &peer in peers.iter().filter(|peer| !before.contains(peer)) {
+        for &peer in peers.iter().filter(|peer| before.binary_search(peer).is_err()) {
             self.peers[peer].has_what.insert(id);
             if fetch {
                 self.need_from(peer, id);

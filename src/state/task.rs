@@ -236,6 +236,7 @@ pub struct Task {
     pub(super) state: State,
     /// The worker's own generation is appended to the scheduler's.
     pub(super) priority: Option<Priority>,
+    /// Sorted.
     pub(super) who_has: SmallVec<[Id<Peer>; 2]>,
     pub(super) resource_restrictions: Vec<(Arc<str>, f64)>,
     pub(super) type_: Option<TypeInfo>,
