@@ -11,7 +11,7 @@ use super::gather::raised;
 use crate::exec::{self, Cause, Job, Recall, Stream};
 use crate::proto::{Key, RunId, Value};
 use crate::scheduler::now;
-use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName, Task, TypeInfo};
+use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName, Stored, Task, TypeInfo};
 use crate::telemetry::CauseLabel;
 
 /// Attempts to start the interpreter before the worker gives up.
@@ -153,6 +153,13 @@ impl Driver {
             }
             exec::Event::Output(line) => self.lines(&line),
             exec::Event::ToScheduler(message) => self.session.sender().send(message),
+            exec::Event::Scattered { key, object, description } => {
+                let exec::Description { nbytes, type_pickled, typename } = description;
+                let type_ = Some(TypeInfo { pickled: type_pickled, name: typename.into() });
+                self.shared.store.insert(key.clone(), object);
+                let data = vec![(key, Stored { nbytes, type_ })];
+                self.apply_own("update-data", EventKind::UpdateData { data });
+            }
             exec::Event::Seceded { key, compute_duration } => {
                 if self.running.contains_key(&key) {
                     self.apply_own("secede", EventKind::Secede { key, compute_duration });

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::ipc::{self, FromChild, Outgoing, RawFailure, Role, ToChild};
 use super::object::Segments;
 use super::pool::{Shared, State};
-use super::slot::{self, Attempt, Queued, Recalled, Runner};
+use super::slot::{self, Attempt, Queued, RETIRED, Recalled, Runner};
 use super::verdict::{self, Cause};
 use super::{Event, Failed, Finished, Job, Recall};
 use crate::proto::Key;
@@ -210,8 +210,15 @@ impl State {
             && let Ok(message) = Outgoing::new(&ToChild::Exit, Vec::new())
         {
             runner.seceded = true;
-            runner.doom = Some(Cause::Exit { code: 0 });
+            runner.doom = Some(RETIRED);
             runner.data.send(message);
+        }
+    }
+
+    /// Lets all runners end that have nothing to do.
+    pub(super) fn retire_idle(&mut self) {
+        for id in std::mem::take(&mut self.idle) {
+            self.retire(id);
         }
     }
 }
@@ -268,14 +275,24 @@ impl Shared {
             FromChild::Seceded { seq, duration } => {
                 return state.secede(self, id, seq, duration).ok_or(MISPLACED);
             }
+            other => return self.user_says(other, &segments),
+        }
+        state.after(self, id);
+        Ok(())
+    }
+
+    /// What user code sends past its task, from any process.
+    pub(super) fn user_says(&self, message: FromChild, segments: &Segments) -> Result<(), ipc::Error> {
+        match message {
             FromChild::Event { frames } => {
-                let message = decode_message(frames, &Limits::default())?;
-                self.emit(Event::ToScheduler(message));
-                return Ok(());
+                self.emit(Event::ToScheduler(decode_message(frames, &Limits::default())?));
+            }
+            FromChild::Scattered { key, object, description } => {
+                let object = segments.object(object, description.nbytes)?;
+                self.emit(Event::Scattered { key, object, description });
             }
             _ => return Err(MISPLACED),
         }
-        state.after(self, id);
         Ok(())
     }
 
@@ -300,7 +317,7 @@ impl Shared {
         if let Some(runner) = state.runners.get_mut(&id) {
             runner.pid = Some(pid);
             runner.process = Some(process);
-            if let Some(cause) = runner.doom.clone().filter(|cause| *cause != Cause::Exit { code: 0 }) {
+            if let Some(cause) = runner.doom.clone().filter(|cause| *cause != RETIRED) {
                 runner.kill(cause);
             }
         }
@@ -366,10 +383,11 @@ impl Shared {
         let mut state = self.state();
         let Some(mut runner) = state.runners.remove(&id) else { return };
         state.idle.retain(|&idle| idle != id);
+        runner.finish_output(self);
+        self.buried.notify_waiters();
         if state.stopping {
             return;
         }
-        runner.finish_output(self);
         let (ended, peak) = runner.exit.take().unwrap_or((Cause::ZygoteLost, 0));
         let cause = match runner.doom.take() {
             Some(Cause::OutOfMemory { limit, peak: seen }) => {
@@ -378,7 +396,7 @@ impl Shared {
             Some(doom) => doom,
             None => ended,
         };
-        let retired = cause == Cause::Exit { code: 0 } && runner.queue.is_empty();
+        let retired = cause == RETIRED && runner.queue.is_empty();
         if !runner.proven && runner.mailbox.started() == 0 {
             state.barren += 1;
         }

@@ -85,6 +85,8 @@ pub(super) enum FromChild {
     Seceded { seq: u64, duration: f64 },
     /// A comm message for the scheduler.
     Event { frames: Vec<Bytes> },
+    /// Data that user code puts on this worker.
+    Scattered { key: Key, object: RawObject, description: Description },
     /// Call stacks by key.
     Stacks { request: u64, stacks: Vec<(Key, Vec<String>)> },
     /// The service's answer.
@@ -418,6 +420,11 @@ impl Items {
                     _ => None,
                 })?,
             },
+            26 => FromChild::Scattered {
+                key: self.0.next()?.to_key()?,
+                object: self.list()?.object()?,
+                description: self.description()?,
+            },
             31 => FromChild::Reply { request: self.uint()?, frames: self.list()?.each(raw_frame)? },
             33 => FromChild::Described { request: self.uint()?, objects: self.list()?.each(description)? },
             _ => return None,
@@ -458,6 +465,10 @@ impl Items {
             return None;
         }
         Some(RawObject { header: self.bytes()?, frames: self.list()?.each(raw_frame)? })
+    }
+
+    fn description(&mut self) -> Option<Description> {
+        Some(Description { nbytes: self.uint()?, type_pickled: self.bytes()?, typename: self.text()? })
     }
 
     fn stack(&mut self) -> Option<(Key, Vec<String>)> {
@@ -540,14 +551,7 @@ fn raw_frame(value: Value) -> Option<RawFrame> {
 fn description(value: Value) -> Option<Result<Description, String>> {
     match value {
         Value::Str(text) => Some(Err(text.as_ref().to_owned())),
-        Value::List(items) => {
-            let mut items = Items(items.into_iter());
-            Some(Ok(Description {
-                nbytes: items.uint()?,
-                type_pickled: items.bytes()?,
-                typename: items.text()?,
-            }))
-        }
+        Value::List(items) => Items(items.into_iter()).description().map(Ok),
         _ => None,
     }
 }

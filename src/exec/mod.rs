@@ -172,6 +172,15 @@ pub enum Event {
     Output(Line),
     /// A message that user code sends to the scheduler (`log_event`).
     ToScheduler(Value),
+    /// Data that user code puts on this worker (`Client.scatter` in a task); it tells the scheduler itself.
+    Scattered {
+        /// Under this key.
+        key: Key,
+        /// The data.
+        object: Object,
+        /// Its type.
+        description: Description,
+    },
 }
 
 /// A job's result.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::ipc::{Description, Outgoing, Target, ToChild};
 use super::output::Room;
@@ -23,6 +23,8 @@ use crate::store::Object;
 
 /// How long a runner's control thread may take to answer; one that holds the GIL in C code cannot.
 const STACKS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long idle runners may take to exit by themselves.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 /// How long the processes may take to end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -35,6 +37,8 @@ pub struct Pool(Arc<Shared>);
 pub(super) struct Shared {
     pub(super) config: Config,
     pub(super) room: Room,
+    /// A runner was buried.
+    pub(super) buried: Notify,
     events: mpsc::UnboundedSender<Event>,
     /// Seconds to add to this machine's clock, as the bits of a float.
     time_delay: AtomicU64,
@@ -88,6 +92,17 @@ impl Shared {
         time + f64::from_bits(self.time_delay.load(Ordering::Relaxed))
     }
 
+    /// Waits until no runner is left that was told to end.
+    async fn idle_ended(&self) {
+        loop {
+            let burial = self.buried.notified();
+            if !self.state().runners.values().any(Runner::is_retired) {
+                return;
+            }
+            burial.await;
+        }
+    }
+
     pub(super) fn stacks_came(&self, request: u64, stacks: Stacks) {
         if let Some(sender) = self.state().stacks.remove(&request) {
             let _ = sender.send(stacks);
@@ -105,6 +120,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             config,
             room: Room::new(),
+            buried: Notify::new(),
             events,
             time_delay: AtomicU64::new(0f64.to_bits()),
             state: Mutex::default(),
@@ -229,13 +245,16 @@ impl Pool {
 
     /// Ends every process of the pool. Jobs are dropped without an event.
     pub async fn shutdown(&self) {
-        let ended = {
+        {
             let mut state = self.0.state();
             state.stopping = true;
             state.pending.clear();
             state.places.clear();
-            state.zygote.stop()
-        };
+            state.retire_idle();
+        }
+        // what users registered with atexit runs in runners that have nothing else to do
+        let _ = tokio::time::timeout(EXIT_TIMEOUT, self.0.idle_ended()).await;
+        let ended = self.0.state().zygote.stop();
         if let Some(ended) = ended
             && tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err()
         {

@@ -6,18 +6,18 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use tokio::sync::oneshot;
 
+use super::Error;
 use super::ipc::{self, Description, FromChild, Outgoing, Role, Target, ToChild};
 use super::link::{Inbox, Incoming, Link};
 use super::object::Segments;
 use super::pool::{Shared, State};
 use super::slot;
 use super::verdict::Cause;
-use super::{Error, Event};
 use crate::proto::Value;
 use crate::store::Object;
 use crate::sys;
 use crate::wire::payload::Exception;
-use crate::wire::{Compression, Limits, decode_message, encode_message};
+use crate::wire::{Compression, encode_message};
 
 /// The service process of now, if there is one.
 #[derive(Debug, Default)]
@@ -173,16 +173,11 @@ impl Shared {
     }
 
     fn service_says(&self, child: u64, message: Incoming) -> Result<(), ipc::Error> {
+        let segments = Segments::map(message.fds)?;
         let (request, answer) = match ipc::parse(&message.bytes)? {
-            FromChild::Reply { request, frames } => {
-                (request, Answer::Reply(Segments::map(message.fds)?.frames(frames)?))
-            }
+            FromChild::Reply { request, frames } => (request, Answer::Reply(segments.frames(frames)?)),
             FromChild::Described { request, objects } => (request, Answer::Described(objects)),
-            FromChild::Event { frames } => {
-                self.emit(Event::ToScheduler(decode_message(frames, &Limits::default())?));
-                return Ok(());
-            }
-            _ => return Err(ipc::Error::Form { tag: None }),
+            other => return self.user_says(other, &segments),
         };
         let mut state = self.state();
         if let Some(alive) = state.service.process.as_mut().filter(|alive| alive.child == child)

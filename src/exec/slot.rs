@@ -20,6 +20,8 @@ use super::{Error, Event, Job, Line};
 use crate::proto::{Key, Value};
 use crate::sys::{self, PidFd};
 
+/// The doom of a runner that was told to end.
+pub(super) const RETIRED: Cause = Cause::Exit { code: 0 };
 /// Chunks read at once when a task's output must be complete: more than a pipe holds.
 const DRAIN_CHUNKS: usize = 16;
 
@@ -158,6 +160,11 @@ impl Runner {
     /// Jobs behind the current one.
     pub(super) fn waiting(&self) -> usize {
         self.queue.len().saturating_sub(1)
+    }
+
+    /// Whether it was told to end when it has nothing to do.
+    pub(super) fn is_retired(&self) -> bool {
+        self.doom == Some(RETIRED)
     }
 
     /// Whether it can take a job.

@@ -29,6 +29,18 @@ async fn nothing_leaks_descriptors() {
 }
 
 #[tokio::test]
+async fn an_idle_runner_exits_in_good_order() {
+    let mut fixture = Fixture::new(1);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("left").display().to_string();
+    fixture.run(&format!("import atexit\ndef f(): atexit.register(lambda: open({path:?}, 'x'))")).await;
+    let pid = fixture.runner();
+    fixture.pool.shutdown().await;
+    assert!(std::path::Path::new(&path).exists());
+    assert!(!is_alive(pid));
+}
+
+#[tokio::test]
 async fn a_dead_zygote_is_replaced() {
     let mut fixture = Fixture::new(1);
     fixture.run("def f(): return 1").await;

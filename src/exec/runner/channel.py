@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgpack
+from dask.utils import typename
+from distributed.protocol import pickle as dask_pickle
 from distributed.protocol.compression import decompress
 from distributed.protocol.serialize import (
     Serialize,
@@ -28,6 +30,7 @@ from distributed.protocol.serialize import (
     serialize,
 )
 from distributed.protocol.utils import frame_split_size, msgpack_opts
+from distributed.sizeof import safe_sizeof
 
 # Tags, as in ipc.rs.
 FORK: Final = 1
@@ -46,6 +49,7 @@ RESCHEDULE: Final = 22
 SKIPPED: Final = 23
 SECEDED: Final = 24
 EVENT: Final = 25
+SCATTERED: Final = 26
 REQUEST: Final = 30
 REPLY: Final = 31
 DESCRIBE: Final = 32
@@ -195,6 +199,25 @@ def _split(header: dict[str, Any], frames: list[Any]) -> tuple[dict[str, Any], l
     header["split-offsets"] = tuple(offsets)
     header["compression"] = tuple(compressed)
     return header, parts
+
+
+def describe(value: object) -> tuple[int, bytes, str]:
+    """Size, type and type's name of a value, as the scheduler is told."""
+    return max(0, int(safe_sizeof(value))), *describe_type(type(value))
+
+
+def describe_type(kind: type) -> tuple[bytes, str]:
+    """A type as `task-finished` has it: pickled, or its name pickled where it cannot be, and its name."""
+    name = clean(typename(kind))
+    try:
+        return dask_pickle.dumps(kind), name
+    except Exception:
+        return dask_pickle.dumps(name), name
+
+
+def clean(text: str) -> str:
+    """Text that can be encoded: what users write may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str})

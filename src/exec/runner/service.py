@@ -13,13 +13,12 @@ from typing import Any, Final
 
 import dask
 import distributed.worker
-from dask.sizeof import sizeof
 from distributed.core import error_message
 from distributed.protocol import dumps, loads
+from tornado.ioloop import IOLoop
 
 from . import channel
-from .channel import Channel, Closed, Descriptors
-from .task import clean, describe_type
+from .channel import Channel, Closed, Descriptors, clean
 from .worker import Worker
 
 TARGETS: Final = ("Worker", "Nanny")
@@ -38,8 +37,7 @@ class Service:
 
     def __init__(self, data: Channel) -> None:
         self.data = data
-        self.worker = Worker(data)
-        self.worker.handlers.update(run=self._run, run_coroutine=self._run)
+        self.worker: Worker
         self._requests: set[asyncio.Task[None]] = set()
 
     def serve(self) -> None:
@@ -47,6 +45,8 @@ class Service:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
+        self.worker = Worker(self.data, IOLoop.current())
+        self.worker.handlers.update(run=self._run, run_coroutine=self._run)
         self.worker.install()
         self.data.do_not_wait()
         loop = asyncio.get_running_loop()
@@ -138,7 +138,6 @@ class Service:
 def describe(obj: tuple[Any, ...], descriptors: Descriptors) -> tuple[int, bytes, str] | str:
     """Size and type of an object, or why it cannot be opened."""
     try:
-        value = channel.load(*obj, descriptors)
-        return int(sizeof(value)), *describe_type(type(value))
+        return channel.describe(channel.load(*obj, descriptors))
     except Exception as error:
         return clean(repr(error))

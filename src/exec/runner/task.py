@@ -6,7 +6,6 @@ from users' tracebacks and profiles as it cuts those of its own worker.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import inspect
@@ -26,15 +25,14 @@ from typing import Any, Final
 import dask
 import distributed.profile
 from dask._task_spec import Task
-from dask.sizeof import sizeof
 from dask.utils import typename
 from distributed.core import error_message
 from distributed.exceptions import Reschedule
-from distributed.protocol import pickle as dask_pickle
+from distributed.sizeof import safe_sizeof
 from distributed.utils import thread_state
 
 from . import channel
-from .channel import Channel, Closed, Descriptors
+from .channel import Channel, Closed, Descriptors, clean
 from .worker import Worker
 
 RING: Final = 64
@@ -58,13 +56,13 @@ class Runner:
         self.data = data
         self.control = control
         self.worker = Worker(data)
+        self.worker.on_secede = self._on_secede
         self.mailbox = memoryview(mmap.mmap(mailbox, 8 * (1 + RING))).cast("Q")
         self.seq = 0
         self.key: Any = None
         self.in_task = False
         self.interrupted = 0
         self.types: dict[type, tuple[bytes, str]] = {}
-        self.loop: asyncio.AbstractEventLoop | None = None
         self.main_thread = threading.get_ident()
         # unlike get_ident(), which forks of one process share, it tells runners apart
         self.thread = threading.get_native_id()
@@ -106,12 +104,12 @@ class Runner:
             return
         self.seq = seq
         self.key = key
+        self.worker.slot.enter()
         try:
             report = self._execute(key, spec, buffers, inputs, annotations, fds)
         except Interrupted:
             # it hit the few instructions around the task
             self.in_task = False
-            self.loop = None
             report = channel.SKIPPED, []
         self.key = None
         flush()
@@ -172,9 +170,7 @@ class Runner:
             return self._failure(error, None, None)
         with span:
             if is_coroutine(task):
-                if self.loop is None:
-                    self.loop = asyncio.new_event_loop()
-                return self.loop.run_until_complete(self._call_async(task, data))
+                return self._call_coroutine(task, data)
             return self._call(task, data)
 
     @staticmethod
@@ -203,22 +199,26 @@ class Runner:
         stop = time()
         return self._success(result, start, stop, thread_time() - cpu)
 
+    def _call_coroutine(self, task: Callable[[dict[Any, Any]], Any], data: dict[Any, Any]) -> tuple[Any, ...]:
+        self.in_task = True
+        report = self.worker.run(self._call_async(task, data))
+        self.in_task = False
+        if isinstance(report, BaseException):
+            raise report
+        return report
+
     async def _call_async(
         self, task: Callable[[dict[Any, Any]], Any], data: dict[Any, Any]
-    ) -> tuple[Any, ...]:
-        self.in_task = True
+    ) -> tuple[Any, ...] | BaseException:
         cpu = thread_time()
         start = time()
-        thread_state.start_time = start
-        thread_state.key = self.key
         try:
             result = await task(data)
-        except (SystemExit, KeyboardInterrupt):
-            raise
+        except (SystemExit, KeyboardInterrupt) as error:
+            # raised here it would end the loop, and the main thread would wait for ever
+            return error
         except BaseException as error:
-            self.in_task = False
             return self._failed(error, task, start)
-        self.in_task = False
         stop = time()
         return self._success(result, start, stop, thread_time() - cpu)
 
@@ -228,7 +228,7 @@ class Runner:
         kind = type(result)
         described = self.types.get(kind) or self._describe_type(kind)
         try:
-            nbytes = getsizeof(result) if kind in _CONSTANT_SIZE else int(sizeof(result))
+            nbytes = getsizeof(result) if kind in _CONSTANT_SIZE else max(0, int(safe_sizeof(result)))
             dumped = channel.dump(result)
         except BaseException as error:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
@@ -237,7 +237,7 @@ class Runner:
         return channel.FINISHED, [dumped], nbytes, *described, start, stop, self.thread, cpu
 
     def _describe_type(self, kind: type) -> tuple[bytes, str]:
-        described = describe_type(kind)
+        described = channel.describe_type(kind)
         if len(self.types) >= TYPES_MAX:
             self.types.clear()
         self.types[kind] = described
@@ -281,6 +281,10 @@ class Runner:
             return []
         return [(key, [clean(line) for line in distributed.profile.call_stack(frame)])]
 
+    def _on_secede(self, key: Any, duration: float) -> None:
+        if key == self.key:
+            self.data.send((channel.SECEDED, self.seq, duration))
+
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.in_task and self.interrupted == self.seq:
             raise Interrupted
@@ -289,25 +293,11 @@ class Runner:
 INTERRUPT_SIGNAL = signal.SIGRTMIN + 6
 
 
-def describe_type(kind: type) -> tuple[bytes, str]:
-    """A type as `task-finished` has it: pickled, or its name pickled where it cannot be, and its name."""
-    name = clean(typename(kind))
-    try:
-        return dask_pickle.dumps(kind), name
-    except Exception:
-        return dask_pickle.dumps(name), name
-
-
 def safe_repr(value: object) -> str:
     try:
         return repr(value)
     except Exception:
         return f"<{typename(type(value))}>"
-
-
-def clean(text: str) -> str:
-    """Text that can be encoded: a user's exception may hold lone surrogates."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def flush() -> None:

@@ -22,9 +22,9 @@ import dask.multiprocessing
 import distributed
 
 from . import channel
-from .channel import Channel, Closed
+from .channel import Channel, Closed, clean
 from .service import Service
-from .task import Runner, clean, flush
+from .task import Runner, flush
 
 RUNNER: Final = 0
 SERVICE: Final = 1
