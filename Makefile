@@ -10,10 +10,10 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-rust test-python test-versions lint format bench
+.PHONY: help venv build demo test test-rust test-python test-versions oracle lint format bench fuzz fuzz-smoke
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --- what the other targets need -------------------------------------------------------------------------------------
 
@@ -40,13 +40,17 @@ demo: build $(VENV)/.installed ## run a real job on a stock scheduler and one wo
 test: test-rust test-python ## run all tests: units, the oracle, behaviour against a real scheduler
 
 test-rust: $(VENV)/.installed
-	PATH="$(RUN):$$PATH" cargo test --locked
+	PYTHON="$(RUN)/python" cargo test --locked
+
+test-python: build $(VENV)/.installed
+	IQOQO_DASK_WORKER="$(CURDIR)/$(BINARY)" $(RUN)/python -m pytest $(ARGS)
 
 test-versions: build ## run a part of the behaviour tests on the oldest Dask and on newer Pythons
 	@tests/versions
 
-test-python: build $(VENV)/.installed
-	IQOQO_DASK_WORKER="$(CURDIR)/$(BINARY)" $(RUN)/python -m pytest $(ARGS)
+oracle: $(VENV)/.installed ## compare a million events of the state machine with Dask's own (ORACLE_EVENTS)
+	ORACLE_EVENTS=$(or $(ORACLE_EVENTS),1000000) PYTHON="$(RUN)/python" \
+	  cargo test --locked --test oracle -- --nocapture
 
 # --- the rest --------------------------------------------------------------------------------------------------------
 
@@ -63,3 +67,17 @@ format: $(VENV)/.installed ## format Rust and Python
 bench: build $(VENV)/.installed ## measure stock, ours and a worker that does nothing side by side
 	cargo build --locked --release --example do_nothing_worker
 	@$(RUN)/python -m benches.side_by_side $(ARGS)
+
+# Each target is one parser of bytes that a peer sends; FUZZ_SECONDS is for each of them.
+FUZZ_TARGETS := $(notdir $(basename $(wildcard fuzz/src/bin/*.rs)))
+
+fuzz: FUZZ_SECONDS ?= 1800
+fuzz: ## fuzz every parser of a peer's bytes for half an hour (FUZZ_SECONDS)
+fuzz-smoke: FUZZ_SECONDS ?= 10
+fuzz-smoke: ## fuzz every parser of a peer's bytes for ten seconds
+fuzz fuzz-smoke:
+	cd fuzz && for target in $(FUZZ_TARGETS); do \
+	  mkdir -p corpus/$$target artifacts && \
+	  cargo run --locked --release --bin $$target -- corpus/$$target -artifact_prefix=artifacts/ \
+	    -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -timeout=10 -print_final_stats=1 || exit 1; \
+	done
