@@ -208,9 +208,6 @@ class Worker:
         """Logs an event on the scheduler, as `distributed.Worker.log_event`."""
         self._send_to_scheduler({"op": "log-event", "topic": topic, "msg": msg})
 
-    def _get_client(self, timeout: float | None = None) -> Any:
-        raise NotImplementedError("this worker does not support clients inside tasks yet")
-
     def _send_to_scheduler(self, message: dict[str, Any]) -> None:
         frames = dumps(message, context={"compression": None})
         self._channel.send((channel.EVENT, [bytes(frame) for frame in frames]))
