@@ -7,6 +7,7 @@
 //!
 //! Source: `distributed/protocol/serialize.py: msgpack_decode_default, msgpack_encode_default`.
 
+use std::str::Utf8Error;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -230,7 +231,11 @@ impl<'a, P: Payloads> Decoder<'a, P> {
             Token::Bool(b) => Value::Bool(b),
             Token::Int(i) => Value::Int(i),
             Token::Float(f) => Value::Float(f),
-            Token::Str(len) => Value::Str(self.texts.share(self.reader.text(len)?)),
+            Token::Str(len) => {
+                let offset = self.reader.offset();
+                let text = self.texts.share(self.reader.take("text", len)?);
+                Value::Str(text.map_err(|_| Error::Utf8 { offset })?)
+            }
             Token::Bin(len) => {
                 let start = self.reader.offset();
                 self.reader.take("bytes", len)?;
@@ -334,17 +339,18 @@ struct Texts {
 }
 
 impl Texts {
-    fn share(&mut self, text: &str) -> Arc<str> {
+    fn share(&mut self, text: &[u8]) -> Result<Arc<str>, Utf8Error> {
         if text.len() > SHARED_TEXT {
-            return text.into();
+            return Ok(std::str::from_utf8(text)?.into());
         }
         if self.slots.is_empty() {
             self.slots.resize(SLOTS, None);
         }
-        let slot = &mut self.slots[slot_of(text.as_bytes())];
+        let slot = &mut self.slots[slot_of(text)];
         match slot {
-            Some(known) if **known == *text => known.clone(),
-            _ => slot.insert(text.into()).clone(),
+            // what equals a text is one: no need to look at it again
+            Some(known) if known.as_bytes() == text => Ok(known.clone()),
+            _ => Ok(slot.insert(std::str::from_utf8(text)?.into()).clone()),
         }
     }
 }
