@@ -24,6 +24,8 @@ pub(super) enum Reply {
     Frames(Vec<Bytes>),
     /// Nothing; the handler has said everything.
     Nothing,
+    /// Nothing either; the handler has read the next request already.
+    Overtaken(Vec<Bytes>),
     /// The end of the connection.
     HangUp,
 }
@@ -83,7 +85,8 @@ async fn converse<S: Service>(mut connection: Connection, service: &S) {
 
 /// Answers requests until either side ends the connection.
 async fn requests<S: Service>(connection: &mut Connection, service: &S) -> Result<(), End> {
-    while let Some(frames) = connection.next_request().await? {
+    let mut next = connection.next_request().await?;
+    while let Some(frames) = next {
         let message = connection.decode(frames.clone()).await?;
         let request = Request::parse(message, frames, connection.peer_address().clone())?;
         let (wants_reply, close) = (request.reply, request.close);
@@ -98,8 +101,10 @@ async fn requests<S: Service>(connection: &mut Connection, service: &S) -> Resul
             Err(Failure::Connection(error)) => return Err(error.into()),
             Err(failure) => Reply::Value(error_reply(failure)),
         };
+        let mut overtaken = None;
         match reply {
             Reply::HangUp => return Ok(()),
+            Reply::Overtaken(frames) => overtaken = Some(frames),
             Reply::Value(value) if wants_reply => _ = connection.write(&value).await?,
             Reply::Frames(frames) if wants_reply => _ = connection.write_frames(&frames).await?,
             Reply::Value(_) | Reply::Frames(_) | Reply::Nothing => {}
@@ -107,6 +112,10 @@ async fn requests<S: Service>(connection: &mut Connection, service: &S) -> Resul
         if close {
             return Ok(());
         }
+        next = match overtaken {
+            Some(frames) => Some(frames),
+            None => connection.next_request().await?,
+        };
     }
     Ok(())
 }

@@ -217,6 +217,14 @@ async def compare(address: str) -> None:
             await comm.write({"op": "ping"})
             assert await comm.read() == b"pong"
             comm.abort()
+        # a receiver that could not open the data leaves its "OK" out; unlike stock we answer what it asks next
+        comm = await connect(address)
+        for _ in range(2):
+            await comm.write({"op": "get_data", "keys": ["nope"], "who": WHO})
+            assert await comm.read() == {"status": "OK", "data": {}}
+        await comm.write({"op": "ping"})
+        assert await comm.read() == b"pong"
+        comm.abort()
         # terminating says nothing
         assert await ask(worker.address, {"op": "terminate"}) == "closed"
         assert await ask(address, {"op": "terminate", "reason": "enough"}) == "closed"
