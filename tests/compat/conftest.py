@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import dask
 import harness
 import pytest
 from distributed import Client
-from harness import ALL, KINDS, Cluster, HarnessError, Launcher, Process
+from harness import ALL, KINDS, Cluster, Gate, HarnessError, Launcher, Process, Tally
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def selected(config: pytest.Config) -> list[str]:
     return [k.strip() for k in config.getoption("--kinds").split(",") if k.strip()]
+
+
+def pytest_sessionstart() -> None:
+    move_to_main({"gate": Gate, "tally": Tally}, harness.__name__)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -139,19 +143,31 @@ def nothing_left_behind() -> Iterator[None]:
     assert not told, "processes left behind:\n" + "\n".join(told)
 
 
+def move_to_main(namespace: Mapping[str, Any], module: str) -> None:
+    """Make functions and classes pickle by value, as those of a user's notebook do."""
+    for thing in list(namespace.values()):
+        if getattr(thing, "__module__", None) == module:
+            if isinstance(thing, type):
+                move_to_main(vars(thing), module)
+            with contextlib.suppress(AttributeError):
+                thing.__module__ = "__main__"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def from_main(request: pytest.FixtureRequest) -> None:
-    """Make a test module's functions and classes pickle by value, as those of a user's notebook do."""
+    move_to_main(vars(request.module), request.module.__name__)
 
-    def move(namespace: dict[str, Any]) -> None:
-        for thing in list(namespace.values()):
-            if getattr(thing, "__module__", None) == request.module.__name__:
-                if isinstance(thing, type):
-                    move(vars(thing))
-                with contextlib.suppress(AttributeError):
-                    thing.__module__ = "__main__"
 
-    move(vars(request.module))
+@pytest.fixture
+def gate(tmp_path: Path) -> Callable[[str], Gate]:
+    """``gate(name)``: what holds tasks up until the test, or another task, sets it."""
+    return lambda name: Gate(tmp_path, name)
+
+
+@pytest.fixture
+def tally(tmp_path: Path) -> Callable[[str], Tally]:
+    """``tally(name)``: how often tasks ran."""
+    return lambda name: Tally(tmp_path, name)
 
 
 @pytest.fixture(autouse=True)

@@ -74,6 +74,11 @@ def binary() -> Path:
     )
 
 
+def dask_command() -> Path:
+    """``dask`` of the interpreter that runs the tests, as a user calls it."""
+    return Path(sys.executable).parent / "dask"
+
+
 def base_env(**extra: str) -> dict[str, str]:
     """The caller's environment without what would configure Dask or Python behind a test's back."""
     env = {
@@ -104,6 +109,45 @@ def eventually(check: Callable[[], Any], timeout: float = 10.0, what: str = "") 
             raise TimeoutError(f"not within {timeout} s: {what or check}; last seen: {value!r}")
         time.sleep(pause)
         pause = min(pause * 1.5, 0.1)
+
+
+class Gate:
+    """A latch that tests and tasks see alike, whatever process they are in: a file.
+
+    Unlike ``distributed.Event`` it needs nothing of the worker under test.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path = f"{directory}/gate-{name}"
+
+    def set(self) -> None:
+        open(self.path, "w").close()
+
+    def wait(self, timeout: float = 30.0) -> bool:
+        deadline = time.monotonic() + timeout
+        while not os.path.exists(self.path):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
+
+
+class Tally:
+    """Counts runs of tasks where no crash can lose the count: the bytes of a file."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path = f"{directory}/tally-{name}"
+
+    def add(self) -> int:
+        """Count one more, and return how many there are."""
+        fd = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.write(fd, b"x")
+        os.close(fd)
+        return self.count
+
+    @property
+    def count(self) -> int:
+        return os.stat(self.path).st_size if os.path.exists(self.path) else 0
 
 
 class Process:
@@ -301,9 +345,7 @@ class Launcher:
         process = self.start(
             "scheduler",
             [
-                sys.executable,
-                "-m",
-                "dask",
+                dask_command(),
                 "scheduler",
                 "--host=127.0.0.1",
                 f"--port={port}",
@@ -319,7 +361,7 @@ class Launcher:
         """The command of a worker, up to what the two flavours have in common."""
         common = ["--no-dashboard", f"--local-directory={self.directory}", *args]
         if flavour == STOCK:
-            return [sys.executable, "-m", "dask", "worker", *common]
+            return [dask_command(), "worker", *common]
         return [binary(), f"--python={sys.executable}", *common]
 
     def worker(

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
-from distributed import Event, Reschedule, Variable, get_worker, wait
+from distributed import Client, Reschedule, get_worker, wait
 from harness import ALL, PAIR, eventually
 
 
@@ -14,9 +14,9 @@ def inc(x):
     return x + 1
 
 
-def block(name):
-    Event(f"{name}-started").set()
-    Event(f"{name}-go").wait()
+def block(gate, name):
+    gate(f"{name}-started").set()
+    gate(f"{name}-go").wait()
     return name
 
 
@@ -26,10 +26,10 @@ def processing(client, address):
     )
 
 
-def test_cancel_of_a_waiting_task(client, cluster):
-    fill = [client.submit(block, f"fill-{i}", workers=[cluster.a]) for i in range(2)]
+def test_cancel_of_a_waiting_task(client, cluster, gate):
+    fill = [client.submit(block, gate, f"fill-{i}", workers=[cluster.a]) for i in range(2)]
     for i in range(2):
-        assert Event(f"fill-{i}-started").wait(20)
+        assert gate(f"fill-{i}-started").wait(20)
     waiting = client.submit(inc, 1, workers=[cluster.a])
     dependent = client.submit(inc, waiting)
     waiting.cancel()
@@ -38,42 +38,43 @@ def test_cancel_of_a_waiting_task(client, cluster):
     with pytest.raises(CancelledError):
         dependent.result()
     for i in range(2):
-        Event(f"fill-{i}-go").set()
+        gate(f"fill-{i}-go").set()
     assert client.gather(fill) == ["fill-0", "fill-1"]
 
 
-def test_cancel_of_a_running_task(client, cluster):
+def test_cancel_of_a_running_task(client, cluster, gate):
     """The client is free at once; the worker goes on with other work."""
-    running = client.submit(block, "running", workers=[cluster.a])
-    assert Event("running-started").wait(20)
+    running = client.submit(block, gate, "running", workers=[cluster.a])
+    assert gate("running-started").wait(20)
     client.cancel([running])
     with pytest.raises(CancelledError):
         running.result(timeout=10)
     assert client.submit(inc, 1, workers=[cluster.a]).result(timeout=10) == 2
-    Event("running-go").set()
+    gate("running-go").set()
 
 
-def test_cancelled_and_asked_for_again_while_running(client, cluster):
-    first = client.submit(block, "again", key="again", workers=[cluster.a])
-    assert Event("again-started").wait(20)
+def test_cancelled_and_asked_for_again_while_running(client, cluster, gate):
+    first = client.submit(block, gate, "again", key="again", workers=[cluster.a])
+    assert gate("again-started").wait(20)
     client.cancel([first])
-    del first
     eventually(lambda: not client.run_on_scheduler(lambda dask_scheduler: "again" in dask_scheduler.tasks))
-    second = client.submit(block, "again", key="again", workers=[cluster.a])
-    Event("again-go").set()
-    assert second.result(timeout=20) == "again"
+    # By somebody else: the first one may yet be told that it is cancelled.
+    with Client(cluster.address, set_as_default=False) as other:
+        second = other.submit(block, gate, "again", key="again", workers=[cluster.a])
+        gate("again-go").set()
+        assert second.result(timeout=20) == "again"
 
 
-def test_released_while_running(client, cluster):
-    running = client.submit(block, "released", workers=[cluster.a])
-    assert Event("released-started").wait(20)
+def test_released_while_running(client, cluster, gate):
+    running = client.submit(block, gate, "released", workers=[cluster.a])
+    assert gate("released-started").wait(20)
     key = running.key
     running.release()
     del running
     eventually(
         lambda: key not in processing(client, cluster.a), what="the released task leaves the worker's list"
     )
-    Event("released-go").set()
+    gate("released-go").set()
     assert client.submit(inc, 1, workers=[cluster.a]).result(timeout=10) == 2
 
 
@@ -110,34 +111,28 @@ def test_cancel_force_of_a_result(client):
     assert x.cancelled()
 
 
-def test_reschedule(client, cluster):
-    Variable("rescheduled").set(0)
+def test_reschedule(client, tally):
+    runs = tally("rescheduled")
 
-    def twice():
-        n = Variable("rescheduled").get() + 1
-        Variable("rescheduled").set(n)
-        if n < 3:
+    def third_time():
+        if runs.add() < 3:
             raise Reschedule
-        return n
+        return runs.count
 
-    assert client.submit(twice, pure=False).result(timeout=20) == 3
-    Variable("rescheduled").delete()
+    assert client.submit(third_time, pure=False).result(timeout=20) == 3
 
 
-def test_reschedule_does_not_count_as_a_retry(client, cluster):
-    Variable("rescheduled2").set(0)
+def test_reschedule_does_not_count_as_a_retry(client, tally):
+    runs = tally("rescheduled")
 
     def task():
-        n = Variable("rescheduled2").get() + 1
-        Variable("rescheduled2").set(n)
-        if n < 4:
+        if runs.add() < 4:
             raise Reschedule()
-        raise ValueError(n)
+        raise ValueError(runs.count)
 
     with pytest.raises(ValueError) as e:
         client.submit(task, pure=False, retries=0).result(timeout=20)
     assert e.value.args == (4,)
-    Variable("rescheduled2").delete()
 
 
 @pytest.mark.kinds(*PAIR)
@@ -160,31 +155,23 @@ def test_steal(client, cluster, direction):
 
 @pytest.mark.kinds(*PAIR)
 @pytest.mark.parametrize("direction", ["from-a", "from-b"])
-def test_no_task_runs_twice_when_stolen(client, cluster, direction):
+def test_no_task_runs_twice_when_stolen(client, cluster, direction, tally):
     source = cluster.a if direction == "from-a" else cluster.b
     held = client.submit(inc, 0, workers=[source], key=f"once-{direction}")
     wait(held)
 
-    def count(x, i, directory):
-        import os
-
-        fd = os.open(f"{directory}/{i}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.write(fd, b"x")
-        os.close(fd)
+    def count(x, i):
+        tally(i).add()
         time.sleep(0.02)
         return i
 
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as directory:
-        futures = client.map(count, [held] * 60, range(60), directory=directory, pure=False)
-        assert client.gather(futures) == list(range(60))
-        assert [Path(directory, str(i)).read_text() for i in range(60)] == ["x"] * 60
+    futures = client.map(count, [held] * 60, range(60), pure=False)
+    assert client.gather(futures) == list(range(60))
+    assert [tally(i).count for i in range(60)] == [1] * 60
 
 
 @pytest.mark.kinds(*PAIR)
-def test_a_waiting_task_behind_a_long_one_is_stolen(client, cluster):
+def test_a_waiting_task_behind_a_long_one_is_stolen(client, cluster, gate):
     """What is queued behind tasks that do not end goes to the other worker, wherever the queue is kept."""
     held = client.submit(inc, 0, workers=[cluster.a], key="stolen-input")
 
@@ -194,14 +181,14 @@ def test_a_waiting_task_behind_a_long_one_is_stolen(client, cluster):
 
     # Now the scheduler knows how long tasks of this prefix take, and that stealing them pays.
     client.submit(slowly, held, -1, key="slowly-first").result()
-    fill = [client.submit(block, f"long-{i}", workers=[cluster.a]) for i in range(2)]
+    fill = [client.submit(block, gate, f"long-{i}", workers=[cluster.a]) for i in range(2)]
     for i in range(2):
-        assert Event(f"long-{i}-started").wait(20)
+        assert gate(f"long-{i}-started").wait(20)
 
     futures = client.map(slowly, [held] * 6, range(6), pure=False, key=[f"slowly-{i}" for i in range(6)])
     assert set(client.gather(futures)) == {cluster.b}
     for i in range(2):
-        Event(f"long-{i}-go").set()
+        gate(f"long-{i}-go").set()
     client.gather(fill)
 
 

@@ -13,10 +13,9 @@ import ctypes
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
-from distributed import Client, Event, KilledWorker, wait
+from distributed import Client, KilledWorker, wait
 from harness import SOLO, eventually, join
 
 pytestmark = pytest.mark.kinds(*SOLO)
@@ -55,18 +54,6 @@ def say_something_and_exit():
     os._exit(7)
 
 
-def note(directory, name):
-    """Note a run of a task where it survives all processes."""
-    fd = os.open(f"{directory}/{name}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.write(fd, b"x")
-    os.close(fd)
-
-
-def runs(directory, name):
-    path = Path(directory, str(name))
-    return len(path.read_text()) if path.exists() else 0
-
-
 def inc(x):
     return x + 1
 
@@ -96,12 +83,12 @@ def client(scheduler, worker):
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_crash_costs_the_task_alone(client, worker, tmp_path, crash, told):
-    kept = client.submit(lambda: note(tmp_path, "kept") or "kept", key="kept")
+def test_crash_costs_the_task_alone(client, worker, tally, crash, told):
+    kept = client.submit(lambda: tally("kept").add() and "kept", key="kept")
     assert kept.result(timeout=20) == "kept"
 
     def task():
-        note(tmp_path, "crashed")
+        tally("crashed").add()
         crash()
 
     future = client.submit(task, key="crashing")
@@ -109,9 +96,9 @@ def test_crash_costs_the_task_alone(client, worker, tmp_path, crash, told):
         with pytest.raises(RuntimeError, match=told) as e:
             future.result(timeout=30)
         assert "crashing" in str(e.value)
-        assert runs(tmp_path, "crashed") == 2
+        assert tally("crashed").count == 2
         assert kept.result(timeout=10) == "kept"
-        assert runs(tmp_path, "kept") == 1
+        assert tally("kept").count == 1
         assert client.who_has(kept)["kept"] == (worker.address,)
         assert client.submit(inc, 1, workers=[worker.address]).result(timeout=20) == 2
     else:
@@ -119,7 +106,7 @@ def test_crash_costs_the_task_alone(client, worker, tmp_path, crash, told):
             future.result(timeout=30)
         # Computed again, by the worker's successor at another address.
         assert kept.result(timeout=30) == "kept"
-        assert runs(tmp_path, "kept") == 2
+        assert tally("kept").count == 2
         assert worker.address not in client.scheduler_info()["workers"]
 
 
@@ -137,77 +124,76 @@ def test_the_error_quotes_the_last_words(client, worker):
 
 
 @strict
-def test_retries_count_on_top(client, worker, tmp_path):
+def test_retries_count_on_top(client, worker, tally):
     def task():
-        note(tmp_path, "tries")
+        tally("tries").add()
         os._exit(1)
 
     error = client.submit(task, retries=1).exception(timeout=60)
     if worker.ours:
         assert type(error) is RuntimeError
-        assert runs(tmp_path, "tries") == 4
+        assert tally("tries").count == 4
     else:
         # A lost worker is not an error that ``retries`` is about.
         assert isinstance(error, KilledWorker)
-        assert runs(tmp_path, "tries") == 1
+        assert tally("tries").count == 1
 
 
-def test_crash_once_then_all_right(client, tmp_path):
+def test_crash_once_then_all_right(client, tally):
     """With the scheduler's default patience, stock tries again too, on a new worker process."""
 
     def task():
-        note(tmp_path, "once")
-        if runs(tmp_path, "once") == 1:
+        if tally("once").add() == 1:
             os._exit(1)
         return "second time lucky"
 
     assert client.submit(task).result(timeout=60) == "second time lucky"
-    assert runs(tmp_path, "once") == 2
+    assert tally("once").count == 2
 
 
 @strict
-def test_running_and_queued_neighbours_are_not_blamed(client, worker, tmp_path):
+def test_running_and_queued_neighbours_are_not_blamed(client, worker, tally, gate):
     """A task on the other slot runs through, and what waits behind the crash runs once."""
 
     def neighbour():
-        note(tmp_path, "neighbour")
-        Event("neighbour-started").set()
-        Event("neighbour-go").wait()
+        tally("neighbour").add()
+        gate("neighbour-started").set()
+        gate("neighbour-go").wait()
         return "through"
 
     def crash():
-        Event("neighbour-started").wait()
+        gate("neighbour-started").wait()
         os._exit(1)
 
     def queued(i):
-        note(tmp_path, f"queued-{i}")
+        tally(f"queued-{i}").add()
         return i
 
     running = client.submit(neighbour, key="neighbour")
     crashing = client.submit(crash, key="crash")
     behind = client.map(queued, range(10))
-    assert Event("neighbour-started").wait(30)
+    assert gate("neighbour-started").wait(30)
     error = crashing.exception(timeout=30)
     if worker.ours:
         assert type(error) is RuntimeError
         assert client.gather(behind) == list(range(10))
         assert running.status == "pending"
-        Event("neighbour-go").set()
+        gate("neighbour-go").set()
         assert running.result(timeout=20) == "through"
-        assert runs(tmp_path, "neighbour") == 1
-        assert [runs(tmp_path, f"queued-{i}") for i in range(10)] == [1] * 10
+        assert tally("neighbour").count == 1
+        assert [tally(f"queued-{i}").count for i in range(10)] == [1] * 10
     else:
         # The neighbour is blamed for having run in the same process.
         assert isinstance(error, KilledWorker)
         with pytest.raises(KilledWorker):
             running.result(timeout=20)
-        Event("neighbour-go").set()
+        gate("neighbour-go").set()
 
 
-def test_dependents_of_results_that_outlived_a_crash(client, worker, tmp_path):
+def test_dependents_of_results_that_outlived_a_crash(client, worker, tally):
     import numpy as np
 
-    parts = [client.submit(lambda i: note(tmp_path, f"part-{i}") or np.full(50_000, i), i) for i in range(4)]
+    parts = [client.submit(lambda i: tally(f"part-{i}").add() and np.full(50_000, i), i) for i in range(4)]
     wait(parts)
     crash = client.submit(exit_at_once)
     if worker.ours:
@@ -219,10 +205,10 @@ def test_dependents_of_results_that_outlived_a_crash(client, worker, tmp_path):
     total = client.submit(lambda xs: sum(int(x[-1]) for x in xs), parts)
     assert total.result(timeout=60) == 6
     if worker.ours:
-        assert [runs(tmp_path, f"part-{i}") for i in range(4)] == [1] * 4
+        assert [tally(f"part-{i}").count for i in range(4)] == [1] * 4
 
 
-def test_many_crashes_in_a_row(client, worker):
+def test_many_crashes_in_a_row(client, worker, gate):
     """The worker goes on, with all its slots."""
     n = 20 if worker.ours else 1
     for _ in range(n):
@@ -235,8 +221,8 @@ def test_many_crashes_in_a_row(client, worker):
             client.wait_for_workers(1, timeout=30)
 
     def meet(i):
-        Event(f"meet-{i}").set()
-        return Event(f"meet-{1 - i}").wait(20)
+        gate(f"meet-{i}").set()
+        return gate(f"meet-{1 - i}").wait(20)
 
     assert client.gather(client.map(meet, range(2))) == [True, True]
 

@@ -325,23 +325,19 @@ def test_erred_on_names_the_worker(client, cluster):
     assert where == [cluster.a]
 
 
-def test_retry_after_an_error(client):
-    from distributed import Variable
-
-    Variable("works").set(False)
+def test_retry_after_an_error(client, tally):
+    runs = tally("tries")
 
     def task():
-        if not Variable("works").get():
+        if runs.add() < 2:
             raise ValueError("not yet")
         return "now"
 
     future = client.submit(task, pure=False)
     with pytest.raises(ValueError, match="not yet"):
         future.result()
-    Variable("works").set(True)
     future.retry()
     assert future.result() == "now"
-    Variable("works").delete()
 
 
 def test_failing_task_is_in_the_workers_log(client, cluster):

@@ -8,18 +8,7 @@ import threading
 import time
 
 import pytest
-from distributed import (
-    Client,
-    Event,
-    Lock,
-    Semaphore,
-    as_completed,
-    fire_and_forget,
-    get_client,
-    get_worker,
-    wait,
-)
-from distributed import worker_client as worker_client_of
+from distributed import Client, as_completed, fire_and_forget, get_worker, wait
 from harness import PAIR, eventually
 
 
@@ -78,11 +67,11 @@ def test_pure_tasks_run_once_impure_ones_each_time(client):
     assert c.result() != d.result()
 
 
-def test_as_completed_in_order_of_completion(client):
-    events = [Event(f"step-{i}") for i in range(3)]
+def test_as_completed_in_order_of_completion(client, gate):
+    events = [gate(f"step-{i}") for i in range(3)]
 
     def step(i):
-        Event(f"step-{i}").wait()
+        events[i].wait()
         return i
 
     futures = [
@@ -110,9 +99,9 @@ def test_as_completed_adding_futures(client):
     assert seen == [1, 2, 3, 4, 5]
 
 
-def test_wait_all_first_completed_and_timeout(client):
-    gate = Event("gate")
-    blocked = client.submit(lambda: Event("gate").wait(), pure=False)
+def test_wait_all_first_completed_and_timeout(client, gate):
+    go = gate("go")
+    blocked = client.submit(lambda: go.wait(), pure=False)
     done = client.submit(inc, 1)
     first = wait([blocked, done], return_when="FIRST_COMPLETED")
     assert first.done == {done} and first.not_done == {blocked}
@@ -120,7 +109,7 @@ def test_wait_all_first_completed_and_timeout(client):
         wait(blocked, timeout=0.05)
     with pytest.raises(TimeoutError):
         blocked.result(timeout=0.05)
-    gate.set()
+    go.set()
     assert wait([blocked, done]).not_done == set()
 
 
@@ -138,56 +127,46 @@ def test_future_as_argument_and_released(client):
     assert y.result() == 10
 
 
-def test_retries(client):
-    # State outside the worker process: which process runs the task is the worker's business.
-    def flaky(n):
-        from distributed import Variable
+def test_retries(client, tally):
+    def flaky(n, runs):
+        if runs.add() < n:
+            raise ValueError(f"try {runs.count}")
+        return runs.count
 
-        tries = Variable("tries").get() + 1
-        Variable("tries").set(tries)
-        if tries < n:
-            raise ValueError(f"try {tries}")
-        return tries
-
-    from distributed import Variable
-
-    Variable("tries").set(0)
-    assert client.submit(flaky, 3, retries=5, pure=False).result() == 3
-    Variable("tries").set(0)
+    assert client.submit(flaky, 3, tally("enough"), retries=5, pure=False).result() == 3
     with pytest.raises(ValueError, match="^try 2$"):
-        client.submit(flaky, 10, retries=1, pure=False).result()
-    Variable("tries").delete()
+        client.submit(flaky, 10, tally("too few"), retries=1, pure=False).result()
 
 
-def filled(client, address, name):
+def filled(client, address, gate, name):
     """Fill the worker's threads with tasks that wait for the event ``name``."""
 
     def hold(i):
-        Event(f"{name}-{i}").set()
-        Event(name).wait()
+        gate(f"{name}-{i}").set()
+        gate(name).wait()
 
     fill = [client.submit(hold, i, pure=False, workers=[address]) for i in range(2)]
     for i in range(2):
-        assert Event(f"{name}-{i}").wait(20)
+        assert gate(f"{name}-{i}").wait(20)
     return fill
 
 
-def test_priorities(client, cluster):
+def test_priorities(client, cluster, gate):
     """Held back behind tasks that fill the worker's threads, the others run by priority."""
-    fill = filled(client, cluster.a, "hold-priorities")
+    fill = filled(client, cluster.a, gate, "hold-priorities")
     order = [3, -5, 10, 0, 7]
     futures = [
         client.submit(lambda n: (time.time(), n), n, workers=[cluster.a], priority=n, resources={"BAR": 1})
         for n in order
     ]
     eventually(lambda: len(processing(client, cluster.a)) == 7)
-    Event("hold-priorities").set()
+    gate("hold-priorities").set()
     assert [n for _, n in sorted(client.gather(futures))] == sorted(order, reverse=True)
     client.gather(fill)
 
 
-def test_fifo_within_one_priority(client, cluster):
-    fill = filled(client, cluster.a, "hold-fifo")
+def test_fifo_within_one_priority(client, cluster, gate):
+    fill = filled(client, cluster.a, gate, "hold-fifo")
     futures = [
         client.submit(
             lambda i: (time.time(), i), i, workers=[cluster.a], resources={"BAR": 1}, fifo_timeout="0 ms"
@@ -195,20 +174,17 @@ def test_fifo_within_one_priority(client, cluster):
         for i in range(6)
     ]
     eventually(lambda: len(processing(client, cluster.a)) == 8)
-    Event("hold-fifo").set()
+    gate("hold-fifo").set()
     assert [i for _, i in sorted(client.gather(futures))] == list(range(6))
     client.gather(fill)
 
 
 def test_resources_limit_how_many_run_at_once(client, cluster):
     def busy():
-        with worker_lock:
-            pass
         start = time.time()
         time.sleep(0.03)
         return start, time.time()
 
-    worker_lock = Lock("none")
     futures = [client.submit(busy, resources={"BAR": 1}, pure=False, workers=[cluster.a]) for _ in range(4)]
     spans = sorted(client.gather(futures))
     assert all(earlier[1] <= later[0] for earlier, later in zip(spans, spans[1:], strict=False))
@@ -271,65 +247,10 @@ def test_coroutine_task_with_dependencies_and_errors(client):
     assert e.value.args == ("not", "there", 4)
 
 
-def test_fire_and_forget(client):
-    done = Event("forgotten")
-
-    def work():
-        Event("forgotten").set()
-
-    fire_and_forget(client.submit(work, pure=False))
+def test_fire_and_forget(client, gate):
+    done = gate("forgotten")
+    fire_and_forget(client.submit(lambda: done.set(), pure=False))
     assert done.wait(10)
-
-
-def test_tasks_that_submit_tasks(client):
-    def fib(n):
-        if n < 2:
-            return n
-        with worker_client_of() as inner:
-            a, b = inner.submit(fib, n - 1), inner.submit(fib, n - 2)
-            return sum(inner.gather([a, b]))
-
-    assert client.submit(fib, 4).result() == 3
-
-
-def test_secede_and_rejoin(client, cluster):
-    """More seceded tasks than threads run at once: the last lets the others go."""
-    from distributed import rejoin, secede
-
-    def guest(i, n):
-        secede()
-        with worker_client_of(separate_thread=False):
-            pass
-        Event(f"guest-{i}").set()
-        for j in range(n):
-            if not Event(f"guest-{j}").wait(10):
-                return "alone"
-        rejoin()
-        return i
-
-    futures = [client.submit(guest, i, 4, workers=[cluster.a], pure=False) for i in range(4)]
-    assert client.gather(futures) == [0, 1, 2, 3]
-
-
-def test_get_client_in_a_task(client):
-    def outer(x):
-        return get_client().submit(operator.neg, x).result()
-
-    assert client.submit(outer, 5).result() == -5
-
-
-def test_semaphore_and_lock_from_tasks(client):
-    semaphore = Semaphore(max_leases=1, name="one-at-a-time")
-
-    def work(semaphore):
-        with semaphore:
-            start = time.time()
-            time.sleep(0.01)
-            return start, time.time()
-
-    spans = sorted(client.gather([client.submit(work, semaphore, pure=False) for _ in range(4)]))
-    assert all(earlier[1] <= later[0] for earlier, later in zip(spans, spans[1:], strict=False))
-    semaphore.close()
 
 
 def test_sequences_of_keys_with_annotations(client, cluster):

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from distributed import Client, Event, get_worker, wait
+from distributed import Client, get_worker, wait
 from distributed.comm import CommClosedError
 from harness import PAIR, SOLO, alive, eventually, join, worker_names
 
@@ -239,11 +239,11 @@ def test_signal(launch, scheduler, client, signum, nanny):
     assert not os.path.exists(info["local_directory"])
 
 
-def test_signal_while_a_task_runs(launch, scheduler, client):
+def test_signal_while_a_task_runs(launch, scheduler, client, gate):
     worker = launch.worker(scheduler.address, "--no-nanny")
     join(client, worker)
-    future = client.submit(lambda: Event("in-the-task").set() or time.sleep(60))
-    assert Event("in-the-task").wait(20)
+    future = client.submit(lambda: gate("in-the-task").set() or gate("never").wait())
+    assert gate("in-the-task").wait(20)
     worker.process.signal(signal.SIGTERM)
     eventually(lambda: not worker_names(client), 30)
     if worker.ours:
@@ -252,11 +252,11 @@ def test_signal_while_a_task_runs(launch, scheduler, client):
 
 
 @pytest.mark.kinds("ours")
-def test_second_signal_ends_at_once(launch, scheduler, client):
+def test_second_signal_ends_at_once(launch, scheduler, client, gate):
     worker = launch.worker(scheduler.address, "--no-nanny")
     join(client, worker)
-    future = client.submit(lambda: Event("to-be-left").set() or time.sleep(60))
-    assert Event("to-be-left").wait(20)
+    future = client.submit(lambda: gate("to-be-left").set() or gate("never").wait())
+    assert gate("to-be-left").wait(20)
     below = worker.process.children()
     worker.process.signal(signal.SIGTERM)
     worker.process.signal(signal.SIGTERM)
@@ -425,20 +425,20 @@ def set_status(client, address, status):
     eventually(seen, what=f"status {status} at the scheduler")
 
 
-def test_paused_worker(launch, scheduler, client):
+def test_paused_worker(launch, scheduler, client, gate):
     """It ends what it runs, starts nothing, and serves what it holds."""
     worker = launch.worker(scheduler.address, "--no-nanny", config=NO_MEMORY_PAUSE)
     join(client, worker)
     held = client.submit(np.arange, 1000, key="held")
     wait(held)
-    running = client.submit(lambda: Event("before-go").wait() or "ended", key="running")
-    running2 = client.submit(lambda: Event("before-go").wait() or "ended", key="running2")
+    running = client.submit(lambda: gate("before-go").wait(), key="running")
+    running2 = client.submit(lambda: gate("before-go").wait(), key="running2")
     eventually(lambda: len(client.processing()[worker.address]) == 2)
     queued = client.submit(inc, 1, key="queued")
     set_status(client, worker.address, "paused")
     assert client.scheduler_info()["workers"][worker.address]["status"] == "paused"
     late = client.submit(inc, 2, key="late")
-    Event("before-go").set()
+    gate("before-go").set()
     wait([running, running2])
     assert held.result()[-1] == 999
     with pytest.raises(TimeoutError):

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from distributed import Event, wait
+from distributed import wait
 from distributed.core import connect
 from harness import ALL, SOLO, eventually
 
@@ -104,19 +104,19 @@ def test_heartbeats(client, cluster):
     eventually(lambda: info(client, cluster)["metrics"]["time"] > first["metrics"]["time"])
 
 
-def test_scheduler_sees_what_executes(client, cluster, as_stock):
+def test_scheduler_sees_what_executes(client, cluster, as_stock, gate):
     """``task_counts`` and ``executing`` come with heartbeats, while tasks run."""
 
     def blocked(i):
-        Event(f"blocked-{i}").set()
-        Event("blocked-go").wait()
+        gate(f"blocked-{i}").set()
+        gate("blocked-go").wait()
 
     def counts():
         return info(client, cluster)["metrics"]["task_counts"]
 
     futures = client.map(blocked, range(3), workers=[cluster.a])
     for i in range(2):
-        assert Event(f"blocked-{i}").wait(20)
+        assert gate(f"blocked-{i}").wait(20)
     seen = eventually(lambda: (c := counts()) and c.get("executing") == 2 and c)
     as_stock(seen)
     executing = eventually(
@@ -128,7 +128,7 @@ def test_scheduler_sees_what_executes(client, cluster, as_stock):
         )
     )
     assert executing == [("blocked", True)] * 2
-    Event("blocked-go").set()
+    gate("blocked-go").set()
     wait(futures)
     as_stock(eventually(lambda: (c := counts()) and c.get("memory") == 3 and c))
 
@@ -265,17 +265,17 @@ def test_logs(client, cluster):
     assert len(client.get_worker_logs(n=2, workers=[cluster.a])[cluster.a]) == 2
 
 
-def test_call_stack(client, cluster, as_stock):
+def test_call_stack(client, cluster, as_stock, gate):
     def deep_in_user_code():
-        Event("stack-here").set()
-        Event("stack-go").wait()
+        gate("stack-here").set()
+        gate("stack-go").wait()
 
     def task():
         deep_in_user_code()
 
     future = client.submit(task, key="in-the-stack", workers=[cluster.a])
-    other = client.submit(lambda: Event("stack-go").wait(), key="other-stack", workers=[cluster.a])
-    assert Event("stack-here").wait(20)
+    other = client.submit(lambda: gate("stack-go").wait(), key="other-stack", workers=[cluster.a])
+    assert gate("stack-here").wait(20)
     stacks = eventually(
         lambda: (s := client.call_stack([future])) and "deep_in_user_code" in str(s) and s,
         what="the task's stack",
@@ -289,7 +289,7 @@ def test_call_stack(client, cluster, as_stock):
         lambda: (s := client.call_stack()) and set(s[cluster.a]) == {"in-the-stack", "other-stack"} and s
     )
     assert set(everything) == {cluster.a}
-    Event("stack-go").set()
+    gate("stack-go").set()
     wait([future, other])
     eventually(lambda: not client.call_stack())
 
@@ -391,12 +391,12 @@ def test_run_with_large_argument_and_result(client, cluster):
     np.testing.assert_array_equal(got, x * 2)
 
 
-def test_run_while_all_threads_are_busy(client, cluster):
+def test_run_while_all_threads_are_busy(client, cluster, gate):
     futures = [
-        client.submit(lambda: Event("busy-go").wait(), pure=False, workers=[cluster.a]) for _ in range(4)
+        client.submit(lambda: gate("busy-go").wait(), pure=False, workers=[cluster.a]) for _ in range(4)
     ]
     assert client.run(lambda: "at once", workers=[cluster.a]) == {cluster.a: "at once"}
-    Event("busy-go").set()
+    gate("busy-go").set()
     wait(futures)
 
 
