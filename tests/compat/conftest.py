@@ -186,7 +186,7 @@ def cluster(request: pytest.FixtureRequest, kind: str, shared: Shared) -> Iterat
         yield cluster
     finally:
         wrong = cluster.settle()
-        if wrong:
+        if wrong or cluster.spoilt:
             shared.drop()
     assert not wrong, f"the test left the cluster in a bad state: {wrong}"
 

@@ -426,6 +426,8 @@ class Cluster:
         self.kind = kind
         self.launcher = Launcher(kind, directory)
         self.control: Client | None = None
+        #: Set by a test after which no other can use the cluster.
+        self.spoilt = False
         try:
             self.scheduler = self.launcher.scheduler(config=SCHEDULER_CONFIG)
             self.address = self.scheduler.address

@@ -389,19 +389,20 @@ def test_dependent_of_an_unpicklable_result_on_the_same_worker(client, cluster):
 
 
 @pytest.mark.kinds(*PAIR)
-@pytest.mark.parametrize("direction", ["a-to-b", "b-to-a"])
-def test_dependent_of_an_unpicklable_result_on_another_worker(client, cluster, direction):
+def test_dependent_of_an_unpicklable_result_on_another_worker(client, cluster):
     """Stock fails to read what it received, tells the scheduler so of a key that it thinks is fine, and waits
     for ever. Ours does not read what it receives; the task that does errs."""
-    here, there = cluster.workers if direction == "a-to-b" else reversed(cluster.workers)
-    lock = client.submit(threading.Lock, workers=[here.address], pure=False)
-    future = client.submit(lambda lock: lock.locked(), lock, workers=[there.address])
-    if there.ours:
-        with pytest.raises(TypeError, match="^Could not serialize object of type lock\n"):
-            future.result(timeout=20)
-    else:
-        with pytest.raises(TimeoutError):
-            future.result(timeout=1)
+    # The connection on which stock failed stays in its pool, out of step, and spoils a later transfer.
+    cluster.spoilt = "stock" in (worker.flavour for worker in cluster.workers)
+    for here, there in (cluster.workers, reversed(cluster.workers)):
+        lock = client.submit(threading.Lock, workers=[here.address], pure=False)
+        future = client.submit(lambda lock: lock.locked(), lock, workers=[there.address])
+        if there.ours:
+            with pytest.raises(TypeError, match="^Could not serialize object of type lock\n"):
+                future.result(timeout=20)
+        else:
+            with pytest.raises(TimeoutError):
+                future.result(timeout=1)
 
 
 def test_result_that_cannot_be_read_again(client):
