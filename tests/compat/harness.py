@@ -26,7 +26,7 @@ from distributed import Client
 ROOT = Path(__file__).resolve().parents[2]
 
 #: In the environment of every process of this run; what still carries it at the end has been left behind.
-MARKER = "IQOQO_COMPAT_RUN"
+MARKER = "COMPAT_RUN_ID"
 RUN_ID = uuid.uuid4().hex
 
 STOCK = "stock"

@@ -188,7 +188,7 @@ def refused(launch, code, text, *args, stock=1, **options):
     assert re.search(text, output), output
     assert "panicked" not in output and "Traceback" not in output
     assert "Start worker at" not in output
-    assert len([line for line in output.splitlines() if line.strip()]) <= 4, output
+    assert len([line for line in output.splitlines() if line.strip()]) <= 5, output
 
 
 SCHEDULER = "tcp://127.0.0.1:9"

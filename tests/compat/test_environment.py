@@ -12,7 +12,7 @@ from harness import SOLO, join
 pytestmark = pytest.mark.kinds(*SOLO)
 
 #: Differ from process to process or from start to start.
-OWN = {"COMPAT_ROLE", "IQOQO_COMPAT_RUN", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "COLUMNS"}
+OWN = {"COMPAT_ROLE", "COMPAT_RUN_ID", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "COLUMNS"}
 
 
 def environment():
