@@ -1,7 +1,7 @@
 """What user code gets as "the worker": `get_worker()` in tasks, `dask_worker` in functions of `Client.run`.
 
-A view of the worker that the daemon is, with the attributes that programs, and Dask's own client, use. It holds
-no tasks and no data.
+A view of the worker that the daemon is, with the attributes that programs, and Dask's own client, use. It
+holds no tasks and no data.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Worker:
 
     @property
     def loop(self) -> IOLoop:
-        """The event loop for coroutines and clients. A runner's has a thread of its own, from its first use on."""
+        """The event loop for coroutines and clients; a runner's has a thread, from its first use on."""
         with self._lock:
             if self._loop is None:
                 ready = threading.Event()
