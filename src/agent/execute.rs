@@ -29,8 +29,9 @@ impl Driver {
                 self.due.push(outcome);
                 return;
             }
-            // where it has not begun, another runner than the one it waits for has become free
-            if handed.begun || self.pool.try_recall(&key) == Recall::Started {
+            // where it has not begun, another runner than the one it waits for has become free; where the pool does not
+            // have it any more, what became of it is on the way
+            if handed.begun || self.pool.try_recall(&key) != Recall::Recalled {
                 return;
             }
         }

@@ -65,7 +65,11 @@ pub fn resolve(
         pid_file: sources.read("pid-file", text)?.map(PathBuf::from),
         scratch: scratch(sources, env)?,
         use_file_locking: sources.read("worker.use-file-locking", boolean)?.unwrap_or(true),
-        runner: Runner { python, environment: environment(sources, env)?, attempts: attempts(sources)? },
+        runner: Runner {
+            python,
+            environment: environment(sources, env, nanny)?,
+            attempts: attempts(sources)?,
+        },
         memory: memory(sources)?,
         transfer: transfer(sources)?,
         comm: comm(sources)?,
@@ -200,7 +204,15 @@ fn scratch(sources: &Sources, env: &Environment) -> Result<PathBuf, Error> {
 }
 
 /// What `distributed.nanny.pre-spawn-environ` and `environ` set in Python processes; `null` takes a variable out.
-fn environment(sources: &Sources, env: &Environment) -> Result<Vec<(OsString, OsString)>, Error> {
+/// Without a nanny they set nothing.
+fn environment(
+    sources: &Sources,
+    env: &Environment,
+    nanny: bool,
+) -> Result<Vec<(OsString, OsString)>, Error> {
+    if !nanny {
+        return Ok(Vec::new());
+    }
     let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
     let mut configured: Vec<(String, String)> = PRE_SPAWN.iter().map(owned).collect();
     for name in ["nanny-pre-spawn-environ", "nanny-environ"] {

@@ -37,8 +37,6 @@ const MODULES: [(&str, &str, &str); 5] = [
 
 /// `PYTHONHASHSEED` of every worker: keys must hash alike on all hosts (`distributed/nanny.py`).
 const HASH_SEED: &str = "6640";
-/// Keeps `import pyarrow` from starting a thread, with which a zygote could not fork.
-const ARROW_MALLOC: (&str, &str) = ("JE_ARROW_MALLOC_CONF", "background_thread:false");
 
 /// Time before a zygote that failed is started again, and the longest such time.
 const BACKOFF: Duration = Duration::from_millis(250);
@@ -50,9 +48,8 @@ pub fn nanny_environment(
     configured: &[(String, String)],
     inherited: impl Fn(&str) -> Option<OsString>,
 ) -> Vec<(OsString, OsString)> {
-    let arrow = (ARROW_MALLOC.0.to_owned(), ARROW_MALLOC.1.to_owned());
-    let mut variables: Vec<(OsString, OsString)> = std::iter::once(&arrow)
-        .chain(configured)
+    let mut variables: Vec<(OsString, OsString)> = configured
+        .iter()
         .map(|(name, value)| (name.into(), inherited(name).unwrap_or_else(|| value.into())))
         .collect();
     let seeded = |(name, value): &(OsString, OsString)| name == "PYTHONHASHSEED" && value != "0";
@@ -335,7 +332,6 @@ mod tests {
         assert_eq!(get(&variables, "OMP_NUM_THREADS"), ["4"]);
         assert_eq!(get(&variables, "A"), ["x"]);
         assert_eq!(get(&variables, "PYTHONHASHSEED"), ["6640"]);
-        assert_eq!(get(&variables, "JE_ARROW_MALLOC_CONF"), ["background_thread:false"]);
 
         let configured = [("PYTHONHASHSEED".to_owned(), "1".to_owned())];
         assert_eq!(get(&nanny_environment(&configured, |_| None), "PYTHONHASHSEED"), ["1"]);

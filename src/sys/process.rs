@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid, setsid};
 
@@ -86,12 +86,13 @@ pub fn new_session() -> Result<(), Error> {
     setsid().map(drop).map_err(Error::call("setsid"))
 }
 
-/// No core file when this process, or one it makes, crashes: a core would hold users' data.
+/// No core file when this process, or one it makes, crashes, unless it asks for one itself: a core holds users' data.
 ///
 /// # Errors
 /// What `setrlimit` said.
 pub fn forbid_core_dumps() -> Result<(), Error> {
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(Error::call("setrlimit(RLIMIT_CORE)"))
+    let (_, hard) = getrlimit(Resource::RLIMIT_CORE).map_err(Error::call("getrlimit(RLIMIT_CORE)"))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, hard).map_err(Error::call("setrlimit(RLIMIT_CORE)"))
 }
 
 /// Marks every descriptor from 3 on to be closed on exec, but `keep`, which is left open.

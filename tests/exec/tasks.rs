@@ -166,3 +166,22 @@ async fn more_inputs_than_descriptors_in_a_message_arrive() {
     assert_eq!(forge::result(&done.object.to_payload(), "x"), expected);
     fixture.pool.shutdown().await;
 }
+
+#[tokio::test]
+async fn numeric_libraries_use_the_threads_the_environment_says() {
+    for (threads, arrow) in [("1", None), ("3", Some("x:y"))] {
+        let mut config = config(1);
+        let set = |(name, value): (&str, &str)| (name.into(), value.into());
+        config.environment = vec![set(("OPENBLAS_NUM_THREADS", threads))];
+        config.environment.extend(arrow.map(|value| set(("JE_ARROW_MALLOC_CONF", value))));
+        let mut fixture = Fixture::with(config);
+        let code = "def f():\n  import ctypes, os, numpy\n  numpy.ones(1)\n  \
+            path = next(l.split()[-1] for l in open('/proc/self/maps') if 'openblas' in l)\n  \
+            return ctypes.CDLL(path).scipy_openblas_get_num_threads64_(), \
+            os.environ['OPENBLAS_NUM_THREADS'], os.environ.get('JE_ARROW_MALLOC_CONF')";
+        let done = fixture.run(code).await.object.to_payload();
+        let arrow = arrow.map_or("None".to_owned(), |value| format!("'{value}'"));
+        assert_eq!(forge::result(&done, "x"), format!("({threads}, '{threads}', {arrow})"));
+        fixture.pool.shutdown().await;
+    }
+}

@@ -31,6 +31,11 @@ def boot() -> None:
     package = types.ModuleType("iqoqo_runner")
     package.__path__ = []
     sys.modules["iqoqo_runner"] = package
+    # What is imported here must not start threads, or the zygote could not fork; runners get what the user
+    # says, variables and number of threads (zygote.py: restore_threads).
+    quiet = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    given = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)
     for item in start["modules"]:
         name, file, source = "iqoqo_runner." + item["name"], item["file"], item["source"]
         module = types.ModuleType(name)
@@ -40,6 +45,10 @@ def boot() -> None:
         setattr(package, item["name"], module)
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
         exec(compile(source, file, "exec"), module.__dict__)
+    for name, value in given.items():
+        del os.environ[name]
+        if value is not None:
+            os.environ[name] = value
     sys.modules["iqoqo_runner.zygote"].main(fd)
 
 

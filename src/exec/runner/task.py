@@ -42,7 +42,8 @@ TYPES_MAX: Final = 1000
 logger = logging.getLogger("distributed.worker")
 
 _EXECUTORS = ("actor", "default", "offload")
-_CONSTANT_SIZE = frozenset({type(None), bool, int, float, complex, str, bytes})
+# types for which Dask's sizeof is sys.getsizeof
+_PLAIN_SIZE = frozenset({type(None), bool, int, float, complex, str})
 
 
 class Interrupted(BaseException):
@@ -228,7 +229,7 @@ class Runner:
         kind = type(result)
         described = self.types.get(kind) or self._describe_type(kind)
         try:
-            nbytes = getsizeof(result) if kind in _CONSTANT_SIZE else max(0, int(safe_sizeof(result)))
+            nbytes = getsizeof(result) if kind in _PLAIN_SIZE else max(0, int(safe_sizeof(result)))
             dumped = channel.dump(result)
         except BaseException as error:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):

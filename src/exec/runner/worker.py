@@ -14,6 +14,7 @@ from typing import Any
 import dask
 import distributed.worker
 from dask.utils import parse_timedelta
+from distributed import threadpoolexecutor
 from distributed.core import rpc
 from distributed.protocol import dumps
 from distributed.utils import in_async_call, thread_state
@@ -109,8 +110,9 @@ class Worker:
         """Makes `get_worker()` find this worker in the current thread."""
         distributed.worker._worker_cvar.set(self)  # type: ignore[arg-type]
         thread_state.execution_state = {"scheduler": self.scheduler.address, "worker": self}
-        thread_state.executor = self.slot
-        thread_state.proceed = True
+        # secede() and rejoin() keep a thread's pool here
+        threadpoolexecutor.thread_state.executor = self.slot
+        threadpoolexecutor.thread_state.proceed = True
 
     @property
     def loop(self) -> IOLoop:

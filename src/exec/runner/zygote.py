@@ -203,6 +203,7 @@ def run_to_end(name: str, parent: int, out: int, err: int, serve: Callable[[], N
             stream.reconfigure(line_buffering=True)
         atexit._clear()
         gc.enable()
+        restore_threads()
         dask.multiprocessing.default_initializer()
         serve()
         code = 0
@@ -221,6 +222,31 @@ def run_to_end(name: str, parent: int, out: int, err: int, serve: Callable[[], N
     finally:
         flush()
         os._exit(code)
+
+
+def restore_threads() -> None:
+    """Gives OpenBLAS the number of threads it would have taken, had it not been imported in the zygote."""
+    wanted = blas_threads()
+    if wanted == 1:
+        return
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if "openblas" in line}
+    for path in libraries:
+        library = ctypes.CDLL(path)
+        for prefix in ("scipy_", ""):
+            for suffix in ("64_", ""):
+                setter = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
+                if setter is not None:
+                    setter(wanted)
+
+
+def blas_threads() -> int:
+    """Threads that OpenBLAS takes by the environment, or by the CPUs it may run on."""
+    for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    return len(os.sched_getaffinity(0))
 
 
 def exit_code(error: SystemExit) -> int:
