@@ -217,7 +217,7 @@ async def compare(address: str) -> None:
             await comm.write({"op": "ping"})
             assert await comm.read() == b"pong"
             comm.abort()
-        # a receiver that could not open the data leaves its "OK" out; unlike stock we answer what it asks next
+        # a receiver that could not open the data leaves its "OK" out: unlike stock, we answer what is next
         comm = await connect(address)
         for _ in range(2):
             await comm.write({"op": "get_data", "keys": ["nope"], "who": WHO})
