@@ -9,7 +9,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use iqoqo_dask_worker::cli::{Cli, Command, Exit, check, explain, serve};
 use iqoqo_dask_worker::config::{self, Environment, Gathered};
-use iqoqo_dask_worker::{sandbox, telemetry};
+use iqoqo_dask_worker::{sandbox, sys, telemetry};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
@@ -61,6 +61,9 @@ fn run(mut gathered: Gathered) -> Result<Exit, Exit> {
         let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {}", explain(&error));
         Exit::System
     })?;
+    if let Err(error) = sys::raise_descriptor_limit() {
+        tracing::warn!("the limit of open files stays as it is: {}", explain(&error));
+    }
     let python = gathered.python();
     tracing::info!(
         "iqoqo-dask-worker {}, Python {}, distributed {}, sandbox off",

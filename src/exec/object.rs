@@ -8,20 +8,24 @@ use bytes::Bytes;
 
 use super::ipc::{Error, RawFrame, RawObject};
 use crate::proto::{Payload, PayloadKind};
-use crate::store::{Frame, Object, Segment};
+use crate::store::{Frame, Object, Segment, is_worth_sharing};
 use crate::sys::Memfd;
 
 /// The descriptors of one message, each mapped once.
 #[derive(Debug)]
-pub(super) struct Segments(Vec<(Memfd, Bytes)>);
+pub(super) struct Segments(Vec<(Option<Memfd>, Bytes)>);
 
 impl Segments {
-    /// Takes and maps the descriptors that came with a message.
+    /// Takes and maps the descriptors that came with a message. Where each mapping counts, small ones are copied.
     pub(super) fn map(fds: Vec<OwnedFd>) -> Result<Self, Error> {
         let map = |fd| {
             let memfd = Memfd::from_untrusted(fd)?;
-            let bytes = Bytes::from_owner(memfd.map(0, memfd.len())?);
-            Ok((memfd, bytes))
+            let mapping = memfd.map(0, memfd.len())?;
+            Ok(if is_worth_sharing(mapping.as_ref().len()) {
+                (Some(memfd), Bytes::from_owner(mapping))
+            } else {
+                (None, Bytes::copy_from_slice(mapping.as_ref()))
+            })
         };
         fds.into_iter().map(map).collect::<Result<_, Error>>().map(Segments)
     }
@@ -32,11 +36,15 @@ impl Segments {
             RawFrame::Shared { index, offset, len } => (index, offset, len),
         };
         let (memfd, bytes) = self.0.get(index).ok_or(Error::NoDescriptor { index })?;
-        let outside = crate::sys::Error::OutOfRange { offset, len, size: memfd.len() };
-        let end = offset.checked_add(len).filter(|end| *end <= memfd.len()).ok_or(outside)?;
-        // both fit: the mapping is as long as the memfd
+        let size = bytes.len() as u64;
+        let outside = crate::sys::Error::OutOfRange { offset, len, size };
+        let end = offset.checked_add(len).filter(|end| *end <= size).ok_or(outside)?;
+        // both fit: they are no larger than a length in memory
         let bytes = bytes.slice(offset as usize..end as usize);
-        Ok(Frame::shared(bytes, Segment::new(memfd.fd().clone(), offset)))
+        Ok(match memfd {
+            Some(memfd) => Frame::shared(bytes, Segment::new(memfd.fd().clone(), offset)),
+            None => Frame::heap(bytes),
+        })
     }
 
     /// Frames that leave for the network.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustc_hash::FxHashMap;
 
 use crate::proto::Key;
+use crate::sys;
 
 pub use object::{Frame, Object, Segment};
 
@@ -17,6 +18,14 @@ pub use object::{Frame, Object, Segment};
 ///
 /// Below it a message costs less than a descriptor and two mappings.
 pub const SHARED_FRAME_MIN: usize = 64 * 1024;
+
+/// Objects of fewer bytes than this stay on the heap where the process has no mappings or descriptors to waste.
+const CROWDED_MIN: usize = 1024 * 1024;
+
+/// Whether an object with `total` bytes in large frames should take a memfd of its own.
+pub fn is_worth_sharing(total: usize) -> bool {
+    total >= CROWDED_MIN || (total > 0 && !sys::memory_is_crowded())
+}
 
 /// Why an object could not be held.
 #[derive(Debug, thiserror::Error)]

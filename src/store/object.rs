@@ -11,6 +11,9 @@ use super::SHARED_FRAME_MIN;
 use crate::proto::{Payload, PayloadKind};
 use crate::sys::MemfdMut;
 
+/// Where frames begin in a segment, in bytes: arrays on them are aligned then, whatever their items.
+const ALIGNMENT: usize = 64;
+
 /// Where a shared frame lies: a sealed memfd, so that another process can map it.
 #[derive(Clone, Debug)]
 pub struct Segment {
@@ -94,16 +97,17 @@ impl Object {
     /// [`super::Error::Share`] when the system gives no shared memory or no descriptor for it.
     pub fn from_payload(payload: Payload, nbytes: u64) -> Result<Self, super::Error> {
         let Payload { kind, header, frames } = payload;
-        let total: usize = frames.iter().map(Bytes::len).filter(|n| *n >= SHARED_FRAME_MIN).sum();
+        let large = frames.iter().map(Bytes::len).filter(|n| *n >= SHARED_FRAME_MIN);
+        let total: usize = large.map(|n| n.next_multiple_of(ALIGNMENT)).sum();
         let share = |source| super::Error::Share { bytes: total as u64, source };
-        if total == 0 {
+        if !super::is_worth_sharing(total) {
             return Ok(Object::new(kind, header, frames.into_iter().map(Frame::heap).collect(), nbytes));
         }
         let mut memory = MemfdMut::create("iqoqo-object", total as u64).map_err(share)?;
         let mut end = 0;
         for frame in frames.iter().filter(|f| f.len() >= SHARED_FRAME_MIN) {
             memory.as_mut()[end..end + frame.len()].copy_from_slice(frame);
-            end += frame.len();
+            end += frame.len().next_multiple_of(ALIGNMENT);
         }
         let memory = memory.seal().map_err(share)?;
         let mapped = Bytes::from_owner(memory.map(0, total as u64).map_err(share)?);
@@ -114,7 +118,7 @@ impl Object {
             }
             let segment = Segment::new(memory.fd().clone(), offset as u64);
             let bytes = mapped.slice(offset..offset + frame.len());
-            offset += frame.len();
+            offset += frame.len().next_multiple_of(ALIGNMENT);
             Frame::shared(bytes, segment)
         };
         Ok(Object::new(kind, header, frames.into_iter().map(place).collect(), nbytes))

@@ -5,12 +5,14 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::Error;
 
@@ -74,6 +76,7 @@ impl Memfd {
         // bytes never change and never go away; the region was checked against its size, which is final too.
         let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map(self.fd.as_raw_fd()) }
             .map_err(Error::call("mmap"))?;
+        MAPPINGS.fetch_add(1, Ordering::Relaxed);
         Ok(Mapping(Some(map)))
     }
 }
@@ -145,9 +148,33 @@ pub(super) fn create(name: &str, len: u64) -> Result<OwnedFd, Error> {
     Ok(file.into())
 }
 
+/// Mappings alive in this process. Each usually stands for a descriptor too.
+static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether this process has used up half of the mappings or descriptors that it may have: then small objects should
+/// not take one each.
+pub fn memory_is_crowded() -> bool {
+    static ROOM: OnceLock<usize> = OnceLock::new();
+    let room = *ROOM.get_or_init(|| {
+        let maps = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+        let maps: u64 = maps.trim().parse().unwrap_or(u64::MAX);
+        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+        usize::try_from(maps.min(descriptors) / 2).unwrap_or(usize::MAX)
+    });
+    MAPPINGS.load(Ordering::Relaxed) >= room
+}
+
 /// A read-only view of sealed memory; `bytes::Bytes::from_owner` takes it.
 #[derive(Debug)]
 pub struct Mapping(Option<Mmap>);
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            MAPPINGS.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
 
 impl AsRef<[u8]> for Mapping {
     fn as_ref(&self) -> &[u8] {

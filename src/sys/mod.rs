@@ -12,10 +12,10 @@ mod words;
 use std::io;
 
 pub use kernel::landlock_abi;
-pub use memfd::{Mapping, Memfd, MemfdMut};
+pub use memfd::{Mapping, Memfd, MemfdMut, memory_is_crowded};
 pub use process::{
     PidFd, close_descriptors_except, detach_stdin, die_with_parent, exec, forbid_core_dumps,
-    keep_descriptor_on_exec, new_session, own_executable, pipe, set_nonblocking,
+    keep_descriptor_on_exec, new_session, own_executable, pipe, raise_descriptor_limit, set_nonblocking,
 };
 pub use socket::{MAX_DESCRIPTORS, Received, receive, send, socket_pair, watch};
 pub use words::{SharedWords, barrier_between_processes};

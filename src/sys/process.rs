@@ -95,6 +95,17 @@ pub fn forbid_core_dumps() -> Result<(), Error> {
     setrlimit(Resource::RLIMIT_CORE, 0, hard).map_err(Error::call("setrlimit(RLIMIT_CORE)"))
 }
 
+/// Lets this process, and those it makes, open as many files as it may (a million at most, since some programs walk
+/// through all possible descriptors): each large object takes one.
+///
+/// # Errors
+/// What `setrlimit` said.
+pub fn raise_descriptor_limit() -> Result<(), Error> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(Error::call("getrlimit(RLIMIT_NOFILE)"))?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 20).max(soft), hard)
+        .map_err(Error::call("setrlimit(RLIMIT_NOFILE)"))
+}
+
 /// Marks every descriptor from 3 on to be closed on exec, but `keep`, which is left open.
 ///
 /// # Errors
