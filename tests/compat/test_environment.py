@@ -11,8 +11,11 @@ from harness import SOLO, join
 
 pytestmark = pytest.mark.kinds(*SOLO)
 
-#: Differ from process to process or from start to start.
+#: Not compared: what differs from process to process, and
+#: - __DASK_PARENT_PID, which a stock nanny leaves to its worker for their own use;
+#: - JE_ARROW_MALLOC_CONF, without which arrow's threads would be lost in the fork that makes a runner.
 OWN = {"COMPAT_ROLE", "COMPAT_RUN_ID", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "COLUMNS"}
+OWN |= {"__DASK_PARENT_PID", "JE_ARROW_MALLOC_CONF", "DASK_INTERNAL_INHERIT_CONFIG"}
 
 
 def environment():
