@@ -29,12 +29,14 @@ pub(super) struct Ahead {
 }
 
 /// A task in a runner's queue, or begun by the runner itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Handed {
     /// The attempt it was handed out for.
     pub(super) run_id: RunId,
     /// Whether the runner is at it, or done.
     pub(super) begun: bool,
+    /// Seconds after which it seceded, if it has.
+    pub(super) seceded: Option<f64>,
 }
 
 impl Ahead {
@@ -56,13 +58,19 @@ impl Ahead {
 
     /// A runner was handed `key`.
     pub(super) fn hand(&mut self, key: Key, run_id: RunId) {
-        self.handed.insert(key, Handed { run_id, begun: false });
+        self.handed.insert(key, Handed { run_id, begun: false, seceded: None });
     }
 
-    /// A runner has begun `key`.
-    pub(super) fn begin(&mut self, key: &Key) {
+    /// A runner has begun that attempt of `key`. False if it is not ahead any more.
+    pub(super) fn begin(&mut self, key: &Key, run_id: RunId) -> bool {
+        let handed = self.handed.get_mut(key).filter(|handed| handed.run_id == run_id);
+        handed.map(|handed| handed.begun = true).is_some()
+    }
+
+    /// `key` has seceded before its turn, after so many seconds.
+    pub(super) fn secede(&mut self, key: &Key, seconds: f64) {
         if let Some(handed) = self.handed.get_mut(key) {
-            handed.begun = true;
+            handed.seceded = Some(seconds);
         }
     }
 

@@ -161,7 +161,12 @@ impl Backend for WorkerBackend {
     }
 
     async fn terminate(&self, how: Terminate) {
-        self.0.command(Command::Close { reason: how.reason });
+        // a nanny that is not to leave as well starts another worker
+        let command = match how.nanny || self.0.config.nanny.is_none() {
+            true => Command::Close { reason: how.reason },
+            false => Command::Restart { reason: how.reason, done: oneshot::channel().0 },
+        };
+        self.0.command(command);
     }
 
     async fn relay(&self, request: Relay) -> Result<Vec<Bytes>, Failure> {

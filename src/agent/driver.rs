@@ -163,6 +163,10 @@ impl Driver {
                     _ => self.retire("stopped", false),
                 }
             }
+            // here only, as one such outcome can make the next one due
+            while let Some(outcome) = self.due.pop() {
+                self.outcome(outcome);
+            }
             if let Some(end) = self.end.take() {
                 break end;
             }
@@ -193,7 +197,10 @@ impl Driver {
             }
             // a heartbeat that nobody waits for any more belongs to a session that is over
             Incoming::Heartbeat(reply) => drop(reply.send(self.beat())),
-            Incoming::Lost(lost) => self.end = Some(End::Lost(lost)),
+            Incoming::Lost(lost) => {
+                let leaving = self.retiring.as_ref().is_some_and(|retiring| !retiring.restart);
+                self.end = Some(if leaving { End::Leave } else { End::Lost(lost) });
+            }
         }
     }
 
@@ -248,9 +255,6 @@ impl Driver {
         self.instructions = instructions;
         if let Err(error) = result {
             self.illegal(&error);
-        }
-        while let Some(outcome) = self.due.pop() {
-            self.outcome(outcome);
         }
     }
 
@@ -388,6 +392,10 @@ impl Driver {
             Verdict::Terminate { percent } => {
                 let busy = self.pool.processes().into_iter().filter_map(|p| Some((p.pid, p.key?))).collect();
                 let limit = self.shared.config.memory_limit.unwrap_or(used);
+                if status == Status::Running {
+                    warn!(target: WORKER, "Worker is at {percent}% memory usage. Pausing worker.");
+                    self.set_status(Status::Paused, &self.own_id.clone());
+                }
                 if let Some((pid, key, peak)) = largest(busy) {
                     warn!(target: NANNY, "Worker exceeded {percent}% memory budget. Killing runner {pid}, which runs {key}.");
                     self.pool.kill_out_of_memory(&key, peak, limit);

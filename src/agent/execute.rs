@@ -5,7 +5,6 @@ use std::sync::Arc;
 use tracing::{error, info, warn};
 
 use super::Error;
-use super::ahead::DEPTH_MAX;
 use super::driver::{Driver, End, WORKER};
 use super::gather::raised;
 use crate::exec::{self, Cause, Job, Recall, Stream};
@@ -31,6 +30,10 @@ impl Driver {
             }
             // where it has not begun, another runner than the one it waits for has become free; where the pool does not
             // have it any more, what became of it is on the way
+            if let Some(compute_duration) = handed.seceded {
+                self.due.push(exec::Event::Seceded { key, compute_duration });
+                return;
+            }
             if handed.begun || self.pool.try_recall(&key) != Recall::Recalled {
                 return;
             }
@@ -81,18 +84,19 @@ impl Driver {
 
     /// Gives busy runners what comes next, so that they need not wait for it.
     pub(super) fn hand_ahead(&mut self) {
-        let slots = self.state.config().nthreads;
-        if !self.state.is_running() || self.ahead.len() >= slots * DEPTH_MAX || self.state.ready_count() == 0
-        {
+        if !self.state.is_running() || self.state.ready_count() == 0 {
             return;
         }
-        for key in self.state.peek_ready(slots * DEPTH_MAX) {
+        let first = self.state.peek_ready(1);
+        let Some(task) = first.first().and_then(|key| self.state.task(key)) else { return };
+        let wanted = self.state.config().nthreads * self.ahead.depth(task.prefix());
+        // many at a time, as looking for the next ones costs more than handing one out
+        if self.ahead.len() * 2 > wanted || self.pool.prefetch_room() == 0 {
+            return;
+        }
+        for key in self.state.peek_ready(wanted) {
             if self.ahead.get(&key).is_some() {
                 continue;
-            }
-            let Some(task) = self.state.task(&key) else { continue };
-            if self.ahead.len() >= slots * self.ahead.depth(task.prefix()) {
-                return;
             }
             // what cannot be run says so when its turn comes
             let Ok(job) = self.job(&key) else { continue };
@@ -148,9 +152,10 @@ impl Driver {
     /// Something that a runner did.
     pub(super) fn outcome(&mut self, event: exec::Event) {
         match event {
-            exec::Event::Started { key } => {
-                self.ahead.begin(&key);
-                self.state.promote(&key);
+            exec::Event::Started { key, run_id } => {
+                if self.ahead.begin(&key, run_id) {
+                    self.state.promote(&key);
+                }
             }
             exec::Event::Output(line) => self.lines(&line),
             exec::Event::ToScheduler(message) => self.session.sender().send(message),
@@ -164,13 +169,15 @@ impl Driver {
             exec::Event::Seceded { key, compute_duration } => {
                 if self.running.contains_key(&key) {
                     self.apply_own("secede", EventKind::Secede { key, compute_duration });
+                } else {
+                    self.ahead.secede(&key, compute_duration);
                 }
             }
             exec::Event::Skipped { key, run_id } => self.skipped(&key, run_id),
             exec::Event::RunnerDied { pid, cause, key, requeued } => {
                 self.died(pid, &cause, key.as_ref());
-                for key in requeued {
-                    self.requeue(&key);
+                for (key, run_id) in requeued {
+                    self.skipped(&key, run_id);
                 }
             }
             exec::Event::InterpreterReady { python, distributed } => {
@@ -265,21 +272,11 @@ impl Driver {
         self.apply_own("task-erred", EventKind::ExecuteFailure { key, run_id, start, stop, error, thread });
     }
 
-    /// A runner left a task out that had been recalled too late to be sure of it.
+    /// A task that its runner never began: the runner ended, or the task was recalled too late to be sure of it.
     fn skipped(&mut self, key: &Key, run_id: RunId) {
         if self.ahead.get(key).is_some_and(|handed| handed.run_id == run_id) {
             self.ahead.take(key);
         } else if self.running.get(key) == Some(&run_id) {
-            self.requeue(key);
-        }
-    }
-
-    /// A task that its runner never began goes to another one.
-    fn requeue(&mut self, key: &Key) {
-        if self.ahead.take(key).is_some() {
-            return;
-        }
-        if let Some(run_id) = self.running.get(key).copied() {
             match self.job(key) {
                 Ok(job) => self.pool.submit(job),
                 Err(error) => self.refuse(key.clone(), run_id, *error),

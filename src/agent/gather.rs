@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
+
 use crate::net;
 use crate::peer::{self, FetchError, FetchResult, Received, Transfers};
 use crate::proto::{Key, Payload};
@@ -45,10 +47,10 @@ async fn hold_all(
     data: Vec<(Key, Payload)>,
     sizes: &[(Key, u64)],
 ) -> Result<Vec<(Key, Object)>, store::Error> {
+    let sizes: FxHashMap<&Key, u64> = sizes.iter().map(|(key, nbytes)| (key, *nbytes)).collect();
     let mut objects = Vec::with_capacity(data.len());
     for (key, payload) in data {
-        let known = sizes.iter().find(|(k, _)| *k == key).map(|(_, nbytes)| *nbytes);
-        let nbytes = known.unwrap_or_else(|| payload.len());
+        let nbytes = sizes.get(&key).copied().unwrap_or_else(|| payload.len());
         objects.push((key, hold(payload, nbytes).await?));
     }
     Ok(objects)

@@ -84,7 +84,9 @@ impl Driver {
 
     /// Asks the scheduler to move our data elsewhere and to remove us; the answer is a report (`Worker.close_gracefully`).
     pub(super) fn retire(&mut self, reason: &str, restart: bool) {
-        if self.retiring.is_some() {
+        if let Some(retiring) = &mut self.retiring {
+            // whoever wants it to leave for good wins
+            retiring.restart &= restart;
             return;
         }
         info!(target: WORKER, "Closing worker gracefully: {}. Reason: {reason}", self.state.address());

@@ -155,6 +155,9 @@ impl Worker {
         }
         info!(target: WORKER, "      Local Directory: {:>26}", identity.local_directory.display());
         info!(target: WORKER, "{}", "-".repeat(49));
+        if let Some(scheduler) = self.shared.scheduler.address() {
+            info!(target: WORKER, "Waiting to connect to: {:>26}", scheduler.as_str());
+        }
     }
 
     /// Registers again and again.
@@ -169,13 +172,13 @@ impl Worker {
             self.shared.set_pool(None);
             pool.shutdown().await;
             self.shared.store.clear();
-            attempt = Attempt::First;
+            // from now on, whoever has our name or address may be ourselves
+            attempt = Attempt::Again;
             match end? {
                 End::Leave => return Ok(()),
                 End::Failed(error) => return Err(error),
                 End::Lost(lost) => {
                     warn!(target: WORKER, "{lost}; registering anew");
-                    attempt = Attempt::Again;
                 }
                 End::Restart { down, up } => {
                     if let Some(down) = down {

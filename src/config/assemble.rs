@@ -38,7 +38,11 @@ impl Settings {
             nanny: self.nanny.then(|| listen(&worker.nanny_ports)),
             dashboard: self.dashboard.clone(),
             memory_limit: worker.memory_limit,
-            memory: MemoryConfig { pause: self.memory.pause, terminate: self.memory.terminate },
+            // ending processes is a nanny's business
+            memory: MemoryConfig {
+                pause: self.memory.pause,
+                terminate: self.memory.terminate.filter(|_| self.nanny),
+            },
             lifetime: self
                 .lifetime
                 .map(|lifetime| agent::Lifetime { duration: stagger(lifetime), restart: lifetime.restart }),

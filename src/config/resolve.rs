@@ -300,7 +300,10 @@ fn tuning(sources: &Sources) -> Result<Tuning, Error> {
 }
 
 fn monitor(sources: &Sources) -> Result<MonitorConfig, Error> {
-    let interval = sources.read("monitor.interval", duration(Unit::Seconds))?;
+    let interval = sources.read("monitor.interval", |value| match duration(Unit::Seconds)(value)? {
+        Duration::ZERO => Err("expected more than nothing".to_owned()),
+        interval => Ok(interval),
+    })?;
     let kept = |value: &Value| count(1)(value).map(Some);
     Ok(MonitorConfig {
         interval: interval.unwrap_or(Duration::from_millis(500)),

@@ -5,13 +5,15 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
+
 use super::ipc::{self, FromChild, Outgoing, RawFailure, Role, ToChild};
 use super::object::Segments;
 use super::pool::{Shared, State};
 use super::slot::{self, Attempt, Queued, RETIRED, Recalled, Runner};
 use super::verdict::{self, Cause};
 use super::{Event, Failed, Finished, Job, Recall};
-use crate::proto::Key;
+use crate::proto::{Key, RunId};
 use crate::sys::PidFd;
 use crate::wire::payload::Exception;
 use crate::wire::{Limits, decode_message};
@@ -177,7 +179,7 @@ impl State {
         runner.tail.clear();
         self.barren = 0;
         if done.recall != Recalled::Yes {
-            self.places.remove(done.key());
+            forget_place(&mut self.places, id, &done);
         }
         if let Some(next) = runner.queue.iter_mut().find(|queued| queued.recall != Recalled::Yes)
             && next.prefetched
@@ -185,7 +187,7 @@ impl State {
         {
             // the runner goes on with it by itself
             next.prefetched = false;
-            shared.emit(Event::Started { key: next.key().clone() });
+            shared.emit(Event::Started { key: next.key().clone(), run_id: next.attempt.job.run_id });
         }
         Some(done)
     }
@@ -273,7 +275,8 @@ impl Shared {
                 }
             }
             FromChild::Seceded { seq, duration } => {
-                return state.secede(self, id, seq, duration).ok_or(MISPLACED);
+                // one that comes after its task's end says nothing
+                state.secede(self, id, seq, duration);
             }
             other => return self.user_says(other, &segments),
         }
@@ -400,7 +403,7 @@ impl Shared {
         if !runner.proven && runner.mailbox.started() == 0 {
             state.barren += 1;
         }
-        let (blamed, requeued) = state.share_out(self, &mut runner, &cause);
+        let (blamed, requeued) = state.share_out(self, id, &mut runner, &cause);
         if !retired {
             let pid = runner.pid;
             self.emit(Event::RunnerDied { pid, cause, key: blamed, requeued });
@@ -415,15 +418,16 @@ impl State {
     fn share_out(
         &mut self,
         shared: &Arc<Shared>,
+        id: u64,
         runner: &mut Runner,
         cause: &Cause,
-    ) -> (Option<Key>, Vec<Key>) {
+    ) -> (Option<Key>, Vec<(Key, RunId)>) {
         let started = runner.mailbox.started();
         let tail = runner.tail.text();
         let (mut blamed, mut requeued, mut again) = (None, Vec::new(), Vec::new());
         for queued in runner.queue.drain(..).filter(|queued| queued.recall != Recalled::Yes) {
             let key = queued.key().clone();
-            self.places.remove(&key);
+            forget_place(&mut self.places, id, &queued);
             let Queued { seq, mut attempt, prefetched, recall, .. } = queued;
             let ran = blamed.is_none() && seq <= started;
             if ran {
@@ -432,7 +436,7 @@ impl State {
             if recall == Recalled::Asked && (*cause == Cause::Cancelled || !ran) {
                 shared.emit(Event::Skipped { key, run_id: attempt.job.run_id });
             } else if !ran && prefetched {
-                requeued.push(key);
+                requeued.push((key, attempt.job.run_id));
             } else if !ran && self.barren <= BARREN_MAX {
                 again.push(attempt);
             } else {
@@ -467,12 +471,24 @@ impl State {
             // it cannot start while the other runs: this always succeeds
             if runner.mailbox.revoke(queued.seq) {
                 queued.recall = Recalled::Yes;
-                self.places.remove(&queued.attempt.job.key);
-                self.pending.push_back(queued.attempt.clone());
+                forget_place(&mut self.places, id, queued);
+                if queued.prefetched {
+                    let (key, run_id) = (queued.key().clone(), queued.attempt.job.run_id);
+                    shared.emit(Event::Skipped { key, run_id });
+                } else {
+                    self.pending.push_back(queued.attempt.clone());
+                }
             }
         }
         self.fill(shared);
         Some(())
+    }
+}
+
+/// Forgets where a job was, unless a newer one of the same key is somewhere by now.
+fn forget_place(places: &mut FxHashMap<Key, (u64, u64)>, id: u64, queued: &Queued) {
+    if places.get(queued.key()) == Some(&(id, queued.seq)) {
+        places.remove(queued.key());
     }
 }
 

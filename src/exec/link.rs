@@ -40,8 +40,7 @@ struct Outbox {
 impl Link {
     /// Must be called in a runtime, which then drives the socket.
     pub(super) fn new(fd: OwnedFd) -> Result<Self, sys::Error> {
-        let inner =
-            Inner { fd: sys::watch(fd, Interest::READABLE | Interest::WRITABLE)?, outbox: Mutex::default() };
+        let inner = Inner { fd: sys::watch(fd, Interest::READABLE)?, outbox: Mutex::default() };
         Ok(Link(Arc::new(inner)))
     }
 
@@ -64,14 +63,21 @@ impl Link {
         self.0.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sends what waits, as room comes. Only now the socket is watched for that: each message that the child takes
+    /// makes room, and would wake the runtime.
     async fn flush(&self) {
-        while let Ok(mut guard) = self.0.fd.writable().await {
-            let mut outbox = self.outbox();
-            if outbox.flush(self.0.fd.get_ref().as_fd()) {
-                outbox.flushing = false;
-                return;
+        match sys::watch_again(self.0.fd.get_ref(), Interest::WRITABLE) {
+            Ok(socket) => {
+                while let Ok(mut guard) = socket.writable().await {
+                    let mut outbox = self.outbox();
+                    if outbox.flush(socket.get_ref().as_fd()) {
+                        outbox.flushing = false;
+                        return;
+                    }
+                    guard.clear_ready();
+                }
             }
-            guard.clear_ready();
+            Err(error) => tracing::error!(%error, "messages to a child are lost"),
         }
     }
 }

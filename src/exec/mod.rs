@@ -128,6 +128,8 @@ pub enum Event {
     Started {
         /// Task.
         key: Key,
+        /// Attempt.
+        run_id: RunId,
     },
     /// A job was not run: it was recalled when it was about to start ([`Recall::Started`]), or cancelled.
     Skipped {
@@ -152,7 +154,7 @@ pub enum Event {
         /// The job it ran.
         key: Option<Key>,
         /// Prefetched jobs it never started; they are no longer in the pool.
-        requeued: Vec<Key>,
+        requeued: Vec<(Key, RunId)>,
     },
     /// The interpreter cannot be used: it was started and ended before it was ready.
     InterpreterFailed {

@@ -3,7 +3,8 @@
 //! Lines wait for whoever logs them only up to a limit; then the pipe fills and the writer waits, as at a terminal.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::Interest;
@@ -65,21 +66,32 @@ impl Pipe {
 
     /// Waits until there is something to [`read`](Pipe::read), or the end.
     pub(super) async fn readable(&self) -> bool {
-        match self.fd.readable().await {
-            Ok(mut guard) => {
-                // whoever reads, reads until there is nothing: the next byte is a new event
-                guard.clear_ready();
-                true
-            }
-            Err(_) => false,
+        self.fd.readable().await.is_ok()
+    }
+
+    /// Gives the lines of one chunk to `line`. Asks the kernel only when there has been an event: what was written
+    /// before another descriptor became readable has had its event, since those come in order.
+    pub(super) fn read(&self, line: impl FnMut(String)) -> Read {
+        let mut found = Read::Nothing;
+        let asked = self.fd.try_io(Interest::READABLE, |fd| {
+            found = self.read_from(fd, line);
+            if found == Read::Nothing { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        match asked {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Read::End,
+            _ => found,
         }
     }
 
-    /// Gives the lines of one chunk to `line`.
-    pub(super) fn read(&self, mut line: impl FnMut(String)) -> Read {
+    /// As [`read`](Pipe::read), but asks the kernel in any case.
+    pub(super) fn read_now(&self, line: impl FnMut(String)) -> Read {
+        self.read_from(self.fd.get_ref(), line)
+    }
+
+    fn read_from(&self, fd: &OwnedFd, mut line: impl FnMut(String)) -> Read {
         let mut chunk = [0; CHUNK];
         let mut partial = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = match nix::unistd::read(self.fd.get_ref().as_fd(), &mut chunk) {
+        let count = match nix::unistd::read(fd, &mut chunk) {
             Ok(0) => {
                 if !partial.is_empty() {
                     line(text(&std::mem::take(&mut *partial)));
@@ -166,7 +178,7 @@ mod tests {
     fn lines(pipe: &Pipe) -> (Vec<String>, Read) {
         let mut lines = Vec::new();
         loop {
-            match pipe.read(|line| lines.push(line)) {
+            match pipe.read_now(|line| lines.push(line)) {
                 Read::More => {}
                 end => return (lines, end),
             }

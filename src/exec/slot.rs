@@ -190,39 +190,35 @@ impl Runner {
         }
     }
 
-    /// Reads what it has written until now.
+    /// Reads what it had written when it sent the message that is being acted on.
     pub(super) fn drain_output(&mut self, shared: &Shared) {
-        let key = self.current().map(|queued| queued.key().clone());
         for pipe in self.pipes.clone() {
             for _ in 0..DRAIN_CHUNKS {
-                let read = pipe.read(|line| {
-                    self.tail.push(&line);
-                    shared.emit(Event::Output(Line {
-                        key: key.clone(),
-                        pid: self.pid,
-                        stream: pipe.stream(),
-                        line,
-                        _room: None,
-                    }));
-                });
-                if read != Read::More {
+                if pipe.read(|line| self.wrote(shared, pipe.stream(), line)) != Read::More {
                     break;
                 }
             }
         }
     }
 
-    /// Ends a line that the process will not end any more.
+    /// Reads what is left of a process that is gone, and ends the line that it did not end.
     pub(super) fn finish_output(&mut self, shared: &Shared) {
-        self.drain_output(shared);
-        let key = self.current().map(|queued| queued.key().clone());
         for pipe in self.pipes.clone() {
+            for _ in 0..DRAIN_CHUNKS {
+                if pipe.read_now(|line| self.wrote(shared, pipe.stream(), line)) != Read::More {
+                    break;
+                }
+            }
             if let Some(line) = pipe.rest() {
-                self.tail.push(&line);
-                let (pid, stream) = (self.pid, pipe.stream());
-                shared.emit(Event::Output(Line { key: key.clone(), pid, stream, line, _room: None }));
+                self.wrote(shared, pipe.stream(), line);
             }
         }
+    }
+
+    fn wrote(&mut self, shared: &Shared, stream: Stream, line: String) {
+        self.tail.push(&line);
+        let key = self.current().map(|queued| queued.key().clone());
+        shared.emit(Event::Output(Line { key, pid: self.pid, stream, line, _room: None }));
     }
 }
 

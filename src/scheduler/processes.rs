@@ -101,11 +101,15 @@ impl Seen {
     }
 }
 
-/// `Pss` of /proc/PID/smaps_rollup in bytes.
+/// `Pss` of /proc/PID/smaps_rollup in bytes, without shared memory: that is the store's, which counts it itself.
 fn read_pss(pid: u32) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib * 1024)
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    };
+    let shared = field("Pss_Shmem:").unwrap_or(0);
+    Some(field("Pss:")?.saturating_sub(shared) * 1024)
 }
 
 /// Resident bytes that no file or shared memory stands behind, from /proc/PID/statm.

@@ -34,10 +34,11 @@ impl Recommend for Recommendations {
 impl WorkerState {
     /// Starts tasks as long as there are idle threads and tasks that could run.
     pub(super) fn ensure_computing(&mut self, recs: &mut impl Recommend) {
-        if !self.running {
-            return;
-        }
         while self.executing.len() < self.config.nthreads {
+            // what a runner has begun by itself runs, also while the worker is paused
+            if !self.running && self.promoted.is_empty() {
+                break;
+            }
             let Some(id) = self.next_ready_task() else { break };
             debug_assert!(self.tasks[id].state.name().is_ready());
             recs.recommend(id, Finish::Executing);

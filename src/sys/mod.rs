@@ -17,7 +17,7 @@ pub use process::{
     PidFd, close_descriptors_except, detach_stdin, die_with_parent, exec, forbid_core_dumps,
     keep_descriptor_on_exec, new_session, own_executable, pipe, raise_descriptor_limit, set_nonblocking,
 };
-pub use socket::{MAX_DESCRIPTORS, Received, receive, send, socket_pair, watch};
+pub use socket::{MAX_DESCRIPTORS, Received, receive, send, socket_pair, watch, watch_again};
 pub use words::{SharedWords, barrier_between_processes};
 
 /// What the kernel refused, or what another process handed over that is not what it should be.

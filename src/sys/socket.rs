@@ -32,6 +32,14 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, Error>
         .map_err(|error| Error::Call { call: "epoll_ctl", source: error.into() })
 }
 
+/// Has the runtime watch a descriptor of somebody else, by a copy. Must be called in one.
+///
+/// # Errors
+/// What `fcntl` or `epoll_ctl` said.
+pub fn watch_again(fd: impl AsFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, Error> {
+    watch(fd.as_fd().try_clone_to_owned().map_err(Error::call("fcntl(F_DUPFD)"))?, interest)
+}
+
 /// Sends what fits without waiting; the descriptors travel with the first byte. `None`: nothing fits now.
 ///
 /// # Errors

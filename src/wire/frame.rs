@@ -16,6 +16,8 @@ pub const LARGE_FRAME: u64 = 64 << 10;
 const SHARED_FRAME: u64 = 4 << 10;
 /// Most bytes that frames keep alive by sharing a buffer.
 const SHARED_BUFFER: u64 = 64 << 10;
+/// Bytes of `n`.
+const LENGTH: usize = 8;
 /// Bytes of `n` and `count`.
 const HEAD: usize = 16;
 /// Bytes reserved on the peer's word; more comes as bytes come.
@@ -84,6 +86,10 @@ impl Deframer {
         loop {
             match &mut self.stage {
                 Stage::Head => {
+                    if !fill(&mut self.part, LENGTH, input) {
+                        return Ok(Step::More);
+                    }
+                    check_length((&self.part[..]).get_u64_le(), &self.limits)?;
                     if !fill(&mut self.part, HEAD, input) {
                         return Ok(Step::More);
                     }
@@ -157,15 +163,20 @@ fn fill(part: &mut Vec<u8>, want: usize, input: &mut impl Buf) -> bool {
         part.extend_from_slice(&chunk[..n]);
         input.advance(n);
     }
-    part.len() == want
+    part.len() >= want
+}
+
+/// A length past the limit is refused as soon as it is there; whoever sends it may send nothing else.
+fn check_length(first: u64, limits: &Limits) -> Result<(), Error> {
+    if first > limits.message_bytes {
+        return Err(Error::TooLong { what: "message", bytes: first, limit: limits.message_bytes });
+    }
+    Ok(())
 }
 
 fn check_head(first: u64, count: u64, limits: &Limits) -> Result<usize, Error> {
     if count == 0 {
         return Err(Error::NoFrames);
-    }
-    if first > limits.message_bytes {
-        return Err(Error::TooLong { what: "message", bytes: first, limit: limits.message_bytes });
     }
     if count > limits.frames as u64 {
         return Err(Error::TooMany { what: "frames", count, limit: limits.frames as u64 });

@@ -119,6 +119,7 @@ async fn what_waits_behind_a_crash_goes_elsewhere_without_blame() {
     gate.open();
     assert_eq!(fixture.failed().await.key, "x".into());
     let Event::RunnerDied { requeued, .. } = fixture.next().await else { panic!("a death") };
+    let requeued: Vec<Key> = requeued.into_iter().map(|(key, _)| key).collect();
     assert_eq!(requeued, ["y".into(), "z".into()]);
     assert_eq!(fixture.pool.try_recall(&"y".into()), Recall::Unknown);
     fixture.pool.shutdown().await;

@@ -17,7 +17,7 @@ async fn prefetched_tasks_start_in_order_and_can_be_recalled() {
     assert_eq!(fixture.pool.try_recall(&"b".into()), Recall::Recalled);
     assert_eq!(fixture.pool.try_recall(&"b".into()), Recall::Unknown);
     gate.open();
-    assert!(matches!(fixture.next().await, Event::Started { key } if key == "c".into()));
+    assert!(matches!(fixture.next().await, Event::Started { key, .. } if key == "c".into()));
     assert_eq!(fixture.finished().await.key, "a".into());
     assert_eq!(fixture.finished().await.key, "c".into());
     // a recalled task may come again

@@ -67,7 +67,9 @@ FRAMES_MAX: Final = 100_000
 ALIGNMENT: Final = 64
 
 _HEAD = struct.Struct("<II")
-_CHUNK = 256 * 1024
+# below the allocator's threshold for mapping memory, which costs more than a small message
+_CHUNK = 16 * 1024
+_CHUNK_MAX = 1024 * 1024
 _DESCRIPTORS = 253
 _ANCILLARY = socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
 _FINAL_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -91,6 +93,7 @@ class Channel:
         self._flags = 0
         self._sendall = self._socket.sendall
         self._buffer = bytearray()
+        self._chunk = _CHUNK
         self._fds: deque[int] = deque()
         self._lock = threading.Lock()
         self._pack = msgpack.Packer(autoreset=True, default=_encode_default).pack
@@ -116,7 +119,7 @@ class Channel:
                 if message is not None:
                     return message
             try:
-                data, ancillary, _, _ = self._recvmsg(_CHUNK, _ANCILLARY, self._flags)
+                data, ancillary, _, _ = self._recvmsg(self._chunk, _ANCILLARY, self._flags)
             except ConnectionError:
                 raise Closed from None
             if ancillary:
@@ -136,7 +139,10 @@ class Channel:
         length, nfds = _HEAD.unpack_from(buffer)
         end = 8 + length
         if len(buffer) < end:
+            # a large message: read on in large pieces until it is there
+            self._chunk = min(max(_CHUNK, end - len(buffer)), _CHUNK_MAX)
             return None
+        self._chunk = _CHUNK
         with memoryview(buffer) as view:
             message = unpack(view[8:end])
         del buffer[:end]

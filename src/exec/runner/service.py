@@ -62,10 +62,14 @@ class Service:
                     self._handle(message, descriptors)
         except BlockingIOError:
             pass
-        except Closed:
+        except Exception as error:
+            # after anything but the regular end it is not known which descriptors belong to what follows
             asyncio.get_running_loop().remove_reader(self.data.fileno())
             if not closed.done():
-                closed.set_result(None)
+                if isinstance(error, Closed):
+                    closed.set_result(None)
+                else:
+                    closed.set_exception(error)
 
     def _handle(self, message: tuple[Any, ...], descriptors: Descriptors) -> None:
         tag = message[0]
