@@ -30,7 +30,7 @@ const fn refused(name: &'static str, dask: &'static [&'static str], why: &'stati
 pub const NO_TLS: &str = "not yet: encrypted connections come with TLS support; until then use tcp:// addresses on a \
                       network you trust";
 const NO_PRELOAD: &str = "not yet: preload modules come with support for Python code that lives as long as the \
-                          worker; until then use a worker plugin (Client.register_plugin) where one will do";
+                          worker";
 const NO_CLASS: &str =
     "not supported: this worker is not a Python class, so no other class can take its place";
 

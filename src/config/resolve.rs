@@ -244,7 +244,12 @@ fn memory(sources: &Sources) -> Result<Memory, Error> {
 
 /// Says which memory settings somebody made that nothing heeds yet.
 fn remark_on_spilling(sources: &Sources, remarks: &mut Vec<String>) {
-    for name in ["memory.target", "memory.spill", "memory.max-spill", "memory.monitor-interval"] {
+    if let Some(found) = sources.find("memory.monitor-interval") {
+        let place = found.place();
+        remarks
+            .push(format!("{place} has no effect yet: memory is looked at each time the system is sampled"));
+    }
+    for name in ["memory.target", "memory.spill", "memory.max-spill"] {
         if let Some(found) = sources.find(name).filter(|found| found.node.value != Value::Bool(false)) {
             let place = found.place();
             remarks.push(format!("{place} has no effect yet: spilling results to disk comes later"));

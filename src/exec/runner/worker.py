@@ -76,6 +76,13 @@ class Slot:
             event.set()
 
 
+class State:
+    """The part of `distributed.Worker.state` that programs read in tasks."""
+
+    def __init__(self) -> None:
+        self.nthreads = 1
+
+
 class Worker:
     """The worker as user code sees it."""
 
@@ -91,6 +98,7 @@ class Worker:
         self.name: Any = None
         self.id = ""
         self.nthreads = 1
+        self.state = State()
         self.local_directory = ""
         self.memory_limit: int | None = None
         self.scheduler = Scheduler()
@@ -104,7 +112,13 @@ class Worker:
         for field in ("address", "name", "id", "nthreads", "local_directory", "memory_limit"):
             if field in info:
                 setattr(self, field, info[field])
+        self.state.nthreads = self.nthreads
         self.scheduler.address = info.get("scheduler_address", self.scheduler.address)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """For libraries that ask isinstance(get_worker(), distributed.Worker)."""
+        return distributed.Worker
 
     def install(self) -> None:
         """Makes `get_worker()` find this worker in the current thread."""
