@@ -221,10 +221,11 @@ impl WorkerState {
 
     /// `_transition_cancelled_fetch`
     pub(super) fn cancelled_fetch(&mut self, id: Id<Task>, step: &Step<'_>, recs: &mut Recs) {
+        let wanted_again = self.tasks[id].done && self.is_waited_for(id);
         let task = &mut self.tasks[id];
         let State::Cancelled(previous) = task.state else { return };
         match previous {
-            Previous::Flight { .. } if task.done && task.waiters > 0 => {
+            Previous::Flight { .. } if wanted_again => {
                 // Another end of this event has made a task wait for it again, but Dask lets go of it.
                 task.state = State::Released;
                 task.done = false;
@@ -236,6 +237,15 @@ impl WorkerState {
             Previous::Flight { from } => task.state = State::Flight { from },
             Previous::Executing | Previous::LongRunning => task.state = State::Resumed(previous),
         }
+    }
+
+    /// Whether a dependent waits for it now; `waiters` counts those that have begun to run since, too.
+    fn is_waited_for(&self, id: Id<Task>) -> bool {
+        let task = &self.tasks[id];
+        let waits = |dependent: &Id<Task>| {
+            self.tasks[*dependent].dependencies.get(&id).is_some_and(|link| link.waiting)
+        };
+        task.waiters > 0 && task.dependents.iter().any(waits)
     }
 
     /// `_transition_cancelled_waiting`

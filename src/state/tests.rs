@@ -248,6 +248,51 @@ fn a_task_in_error_cannot_be_made_ready_by_hand_and_the_story_says_what_was() {
     assert!(story.0.len() >= 4, "{story}");
 }
 
+fn acquire(keys: &[&str], from: u16) -> EventKind {
+    EventKind::AcquireReplicas {
+        who_has: keys.iter().map(|k| ((*k).into(), vec![peer(from)])).collect(),
+        nbytes: keys.iter().map(|k| ((*k).into(), 10)).collect(),
+    }
+}
+
+#[test]
+fn what_is_wanted_again_as_its_cancelled_transfer_ends_is_fetched_again() {
+    let mut w = Worker::new(1);
+    assert_eq!(w.on(acquire(&["y", "x"], 1)).len(), 1);
+    w.on(EventKind::FreeKeys { keys: keys(&["x"]) });
+    w.compute("y", &[("x", 2)], 0.0);
+    assert_eq!(w.states(), "x:cancelled y:resumed");
+    let out = w.on(EventKind::GatherDepNetworkFailure { worker: peer(1), total_nbytes: 20 });
+    assert_eq!(out, ["gather ['x'] from 10.0.0.2"]);
+    assert_eq!(w.states(), "x:flight y:waiting");
+    assert_eq!(w.on(gathered(2, 10, &["x"])), ["add-keys 1", "execute y"]);
+}
+
+#[test]
+fn a_task_that_began_to_run_waits_for_nothing_any_more() {
+    let mut w = Worker::new(1);
+    w.compute("y", &[("x", 1)], 0.0);
+    w.on(gathered(1, 10, &["x"]));
+    w.on(EventKind::FreeKeys { keys: keys(&["y", "x"]) });
+    w.on(acquire(&["x"], 1));
+    w.on(EventKind::FreeKeys { keys: keys(&["x"]) });
+    assert_eq!(w.states(), "x:cancelled y:cancelled");
+    w.on(EventKind::GatherDepBusy { worker: peer(1), total_nbytes: 10 });
+    assert_eq!(w.states(), "x:released y:cancelled");
+}
+
+#[test]
+fn a_task_in_fetch_can_be_computed_though_its_dependency_is_let_go_on_the_way() {
+    let mut w = Worker::new(1);
+    w.on(EventKind::Pause);
+    w.on(acquire(&["y"], 1));
+    w.compute("y", &[("x", 2)], 0.0);
+    assert_eq!(w.states(), "x:fetch y:waiting");
+    let told = w.state.story(&[Subject::Key("x".into())]);
+    assert!(told.iter().any(|record| matches!(record.entry, LogEntry::Repaired { .. })));
+    assert_eq!(w.on(EventKind::Unpause), ["gather ['x'] from 10.0.0.2"]);
+}
+
 #[test]
 fn ready_tasks_are_told_in_the_order_of_their_start() {
     let mut w = Worker::new(1);
