@@ -16,10 +16,10 @@ def inc(x):
     return x + 1
 
 
-def processing(client, address):
-    return client.run_on_scheduler(
-        lambda dask_scheduler: [str(t.key) for t in dask_scheduler.workers[address].processing]
-    )
+def constrained(client, address):
+    """Tasks that wait for resources on a worker, by its own latest word."""
+    worker = client.scheduler_info(n_workers=-1)["workers"][address]
+    return worker["metrics"]["task_counts"].get("constrained", 0)
 
 
 def where(*args):
@@ -159,7 +159,7 @@ def test_priorities(client, cluster, gate):
         client.submit(lambda n: (time.time(), n), n, workers=[cluster.a], priority=n, resources={"BAR": 1})
         for n in order
     ]
-    eventually(lambda: len(processing(client, cluster.a)) == 7)
+    eventually(lambda: constrained(client, cluster.a) == 5)
     gate("hold-priorities").set()
     assert [n for _, n in sorted(client.gather(futures))] == sorted(order, reverse=True)
     client.gather(fill)
@@ -173,7 +173,7 @@ def test_fifo_within_one_priority(client, cluster, gate):
         )
         for i in range(6)
     ]
-    eventually(lambda: len(processing(client, cluster.a)) == 8)
+    eventually(lambda: constrained(client, cluster.a) == 6)
     gate("hold-fifo").set()
     assert [i for _, i in sorted(client.gather(futures))] == list(range(6))
     client.gather(fill)

@@ -16,7 +16,6 @@ from distributed import (
     Semaphore,
     Variable,
     as_completed,
-    fire_and_forget,
     get_client,
     get_worker,
     rejoin,
@@ -107,16 +106,6 @@ def test_errors_of_inner_tasks(client):
     error = client.submit(outer, pure=False).result()
     assert type(error) is ZeroDivisionError
     assert error.args == ("division by zero",)
-
-
-def test_fire_and_forget_from_a_task(client, gate):
-    done = gate("forgotten")
-
-    def outer():
-        fire_and_forget(get_client().submit(lambda: done.set(), pure=False))
-
-    client.submit(outer, pure=False).result()
-    assert done.wait(20)
 
 
 def test_published_datasets_in_a_task(client):
