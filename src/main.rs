@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use iqoqo_dask_worker::cli::{Cli, Command, Exit, check, explain, serve};
+use iqoqo_dask_worker::cli::{Cli, Command, Exit, check, serve};
 use iqoqo_dask_worker::config::{self, Environment, Gathered};
 use iqoqo_dask_worker::{sandbox, sys, telemetry};
 
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 
 /// One line about what is wrong, before there is a log.
 fn complain(error: &config::Error) -> Exit {
-    let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {}", explain(error));
+    let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {}", telemetry::chain(error));
     error.into()
 }
 
@@ -58,11 +58,11 @@ fn run(mut gathered: Gathered) -> Result<Exit, Exit> {
     let settings = gathered.settings().map_err(|error| complain(&error))?;
     let recent = telemetry::log::start(log).map_err(|error| {
         // there is no log to say it in
-        let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {}", explain(&error));
+        let _ = writeln!(std::io::stderr(), "iqoqo-dask-worker: {}", telemetry::chain(&error));
         Exit::System
     })?;
     if let Err(error) = sys::raise_descriptor_limit() {
-        tracing::warn!("the limit of open files stays as it is: {}", explain(&error));
+        tracing::warn!("the limit of open files stays as it is: {}", telemetry::chain(&error));
     }
     let python = gathered.python();
     tracing::info!(

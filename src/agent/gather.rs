@@ -11,6 +11,7 @@ use crate::peer::{self, FetchError, FetchResult, Received, Transfers};
 use crate::proto::{Key, Payload};
 use crate::state::ErrorMessage;
 use crate::store::{self, Object};
+use crate::telemetry;
 use crate::wire::payload::Exception;
 
 /// Payloads from this size on, in bytes, are moved to shared memory on a thread of their own.
@@ -71,14 +72,7 @@ pub(super) async fn hold(payload: Payload, nbytes: u64) -> Result<Object, store:
 
 /// An error of ours as a task's failure.
 pub(super) fn failure(error: &dyn std::error::Error) -> ErrorMessage {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    raised("OSError", text)
+    raised("OSError", telemetry::chain(error))
 }
 
 /// A builtin exception as a task's failure.

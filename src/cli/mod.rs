@@ -14,7 +14,7 @@ use indexmap::IndexMap;
 
 use crate::config::{Node, Source, Value};
 
-pub use exit::{Exit, explain};
+pub use exit::Exit;
 pub use serve::serve;
 
 const EXIT_CODES: &str = "\

@@ -11,14 +11,14 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use super::exit::{Exit, explain};
+use super::exit::Exit;
 use super::pid_file::PidFile;
 use crate::agent::{self, Stop};
 use crate::config::Settings;
 use crate::scratch::{self, WorkDir, WorkSpace};
 use crate::systemd;
-use crate::telemetry::Pulse;
 use crate::telemetry::log::Recent;
+use crate::telemetry::{self, Pulse};
 
 /// Time for blocking work to end once all workers have.
 const LAST_MOMENTS: Duration = Duration::from_secs(2);
@@ -43,7 +43,7 @@ pub fn serve(settings: &Settings, recent: &Recent) -> Result<Exit, Exit> {
 
 /// Logs what is wrong, with its causes, and gives the exit code back.
 fn complain(error: &dyn std::error::Error, exit: Exit) -> Exit {
-    error!("{}", explain(error));
+    error!("{}", telemetry::chain(error));
     exit
 }
 

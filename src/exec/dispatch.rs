@@ -15,6 +15,7 @@ use super::verdict::{self, Cause};
 use super::{Event, Failed, Finished, Job, Recall};
 use crate::proto::{Key, RunId};
 use crate::sys::PidFd;
+use crate::telemetry;
 use crate::wire::payload::Exception;
 use crate::wire::{Limits, decode_message};
 
@@ -45,7 +46,7 @@ impl State {
             return Ok(Some(id));
         }
         if self.width() < shared.config.slots && self.zygote.is_there() {
-            return self.fork(shared).map(Some).map_err(|error| slot::chain(&error));
+            return self.fork(shared).map(Some).map_err(|error| telemetry::chain(&error));
         }
         Ok(None)
     }
@@ -80,7 +81,8 @@ impl State {
                 self.places.insert(key, (id, seq));
             }
             Err((attempt, error)) => {
-                let text = format!("task {key} could not be sent to its process: {}", slot::chain(&error));
+                let text =
+                    format!("task {key} could not be sent to its process: {}", telemetry::chain(&error));
                 fail(shared, &attempt.job, &Exception::builtin("RuntimeError", text));
                 self.rest(id);
             }

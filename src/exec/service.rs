@@ -16,6 +16,7 @@ use super::verdict::Cause;
 use crate::proto::Value;
 use crate::store::Object;
 use crate::sys;
+use crate::telemetry;
 use crate::wire::payload::Exception;
 use crate::wire::{Compression, encode_message};
 
@@ -109,7 +110,7 @@ impl Shared {
             let request = state.new_id();
             let alive = state.service(self)?;
             let message = Outgoing::new(&question(request), Vec::new()).map_err(|error| {
-                let text = slot::chain(&error);
+                let text = telemetry::chain(&error);
                 Error::ServiceDied { cause: Cause::Nonsense { text } }
             })?;
             alive.waiting.insert(request, sender);
@@ -123,7 +124,7 @@ impl Shared {
         let error = match answer {
             Ok(Answer::Reply(frames)) => return frames,
             Ok(Answer::Described(_)) => "the service process gave the wrong answer".into(),
-            Err(error) => slot::chain(&error),
+            Err(error) => telemetry::chain(&error),
         };
         let reply = Exception::builtin("RuntimeError", error).error_message("uncaught-error");
         // a short error message breaks no limit
@@ -193,10 +194,12 @@ impl Shared {
 async fn serve(shared: Arc<Shared>, child: u64, mut inbox: Inbox) {
     loop {
         let result = match inbox.receive().await {
-            Ok(Some(message)) => shared.service_says(child, message).map_err(|error| slot::chain(&error)),
+            Ok(Some(message)) => {
+                shared.service_says(child, message).map_err(|error| telemetry::chain(&error))
+            }
             // the zygote reports how it ended
             Ok(None) => return,
-            Err(error) => Err(slot::chain(&error)),
+            Err(error) => Err(telemetry::chain(&error)),
         };
         if let Err(text) = result {
             // closing the connection ends it

@@ -19,6 +19,7 @@ use super::verdict::Cause;
 use super::{Error, Event, Job, Line};
 use crate::proto::{Key, Value};
 use crate::sys::{self, PidFd};
+use crate::telemetry;
 
 /// The doom of a runner that was told to end.
 pub(super) const RETIRED: Cause = Cause::Exit { code: 0 };
@@ -282,7 +283,7 @@ pub(super) async fn serve(shared: Arc<Shared>, id: u64, mut inbox: Inbox, exited
                 break;
             }
             Err(error) => {
-                shared.condemn(id, Cause::Nonsense { text: chain(&error) });
+                shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) });
                 exited.notified().await;
                 break;
             }
@@ -301,7 +302,7 @@ pub(super) async fn serve(shared: Arc<Shared>, id: u64, mut inbox: Inbox, exited
 fn handle(shared: &Arc<Shared>, id: u64, message: Incoming) -> bool {
     let result = ipc::parse(&message.bytes).and_then(|parsed| shared.runner_says(id, parsed, message.fds));
     if let Err(error) = result {
-        shared.condemn(id, Cause::Nonsense { text: chain(&error) });
+        shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) });
         return false;
     }
     true
@@ -313,23 +314,12 @@ pub(super) async fn serve_control(shared: Arc<Shared>, id: u64, mut inbox: Inbox
         let message = match inbox.receive().await {
             Ok(Some(message)) => message,
             Ok(None) => return,
-            Err(error) => return shared.condemn(id, Cause::Nonsense { text: chain(&error) }),
+            Err(error) => return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) }),
         };
         match ipc::parse(&message.bytes) {
             Ok(FromChild::Stacks { request, stacks }) => shared.stacks_came(request, stacks),
             Ok(_) => return shared.condemn(id, Cause::Nonsense { text: "misplaced message".into() }),
-            Err(error) => return shared.condemn(id, Cause::Nonsense { text: chain(&error) }),
+            Err(error) => return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) }),
         }
     }
-}
-
-/// An error and its causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

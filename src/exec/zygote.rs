@@ -21,6 +21,7 @@ use super::verdict::Cause;
 use super::{Error, Event};
 use crate::sandbox;
 use crate::sys::{self, PidFd};
+use crate::telemetry;
 
 /// What the interpreter executes first: it takes the other sources from the connection.
 const BOOT: &str = include_str!("runner/boot.py");
@@ -138,7 +139,7 @@ async fn supervise(shared: Arc<Shared>, first: Launched) {
                 }
                 lived.end
             }
-            Err(error) => slot::chain(&error),
+            Err(error) => telemetry::chain(&error),
         };
         failures += 1;
         tracing::error!(attempts = failures, "the zygote ended: {text}");
@@ -171,10 +172,10 @@ async fn live(shared: &Arc<Shared>, launched: Launched) -> Lived {
             received = inbox.receive() => match received {
                 Ok(Some(message)) => match act(shared, message) {
                     Ok(ready) => was_ready |= ready,
-                    Err(error) => break Err(slot::chain(&error)),
+                    Err(error) => break Err(telemetry::chain(&error)),
                 },
                 Ok(None) => break Ok(None),
-                Err(error) => break Err(slot::chain(&error)),
+                Err(error) => break Err(telemetry::chain(&error)),
             },
             gone = &mut stopped => break Ok(gone.ok()),
         }

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::proto::{Address, Value};
+use crate::telemetry;
 use crate::wire;
 
 /// Why a connection, or one exchange over it, failed.
@@ -100,13 +101,6 @@ impl Error {
 
     /// This error and its causes in one line, for the log.
     pub fn chain(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            line.push_str(": ");
-            line.push_str(&error.to_string());
-            cause = error.source();
-        }
-        line
+        telemetry::chain(self)
     }
 }

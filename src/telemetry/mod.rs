@@ -13,6 +13,18 @@ use std::net::SocketAddr;
 pub use metrics::{ActivityLabel, CauseLabel, MemoryLabel, Metrics, StateLabel};
 pub use pulse::Pulse;
 
+/// An error and its causes on one line, as it is logged.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
 /// Why telemetry could not start, or a setting of it makes no sense.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
