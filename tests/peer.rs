@@ -70,7 +70,8 @@ impl Backend for Fake {
         let mut sizes = Vec::new();
         for (key, payload) in data {
             let nbytes = payload.len();
-            self.store.insert(key.clone(), Object::from_payload(payload, nbytes).unwrap());
+            self.store
+                .insert(key.clone(), Object::from_payload(payload, nbytes, self.store.arena()).unwrap());
             sizes.push((key, nbytes));
         }
         Ok(sizes)

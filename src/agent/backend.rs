@@ -68,7 +68,7 @@ impl Backend for WorkerBackend {
         let mut objects = Vec::with_capacity(data.len());
         for (key, payload) in data {
             let size = payload.len();
-            let object = hold(payload, size).await;
+            let object = hold(payload, size, self.0.store.arena()).await;
             objects.push(object.map_err(|error| Exception::builtin("OSError", error.to_string()))?);
             keys.push(key);
         }

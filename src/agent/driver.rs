@@ -24,6 +24,7 @@ use crate::proto::{Address, Key, RunId, Status, Stimulus, StreamMessage, Value};
 use crate::scheduler::{Bandwidth, Incoming, Lost, Session, log_event, now};
 use crate::state::{self, Action, Event, EventKind, Instruction, LogEntry, StartStop, Stored, WorkerState};
 use crate::store::Object;
+use crate::telemetry;
 
 /// Targets of log lines that a stock worker and nanny write too.
 pub(super) const WORKER: &str = "distributed.worker";
@@ -307,7 +308,8 @@ impl Driver {
         debug!(target: WORKER, "Request {} keys from {worker}", keys.len());
         let (shared, jobs) = (self.shared.clone(), self.jobs.clone());
         tokio::spawn(async move {
-            let outcome = gather::fetch(&shared.peers, &shared.transfers, request).await;
+            let outcome =
+                gather::fetch(&shared.peers, &shared.transfers, shared.store.arena(), request).await;
             // without a driver nobody wants the data
             let _ = jobs.send(Report::Fetched { worker, total_nbytes, keys, outcome });
         });
@@ -370,10 +372,13 @@ impl Driver {
     /// Looks at the machine, and pauses or resumes.
     fn sample(&mut self) {
         let pids: Vec<u32> = self.pool.processes().iter().map(|process| process.pid).collect();
-        let shared = self.shared.store.usage().shared;
+        if let Err(error) = self.shared.store.tidy() {
+            warn!("{}", telemetry::chain(&error));
+        }
+        let usage = self.shared.store.usage();
         let used = {
             let mut monitor = self.shared.monitor();
-            monitor.update(&pids, shared);
+            monitor.update(&pids, usage.shared + usage.waste);
             monitor.usage().memory
         };
         self.shared.pulse.tick();

@@ -10,7 +10,7 @@ use crate::net;
 use crate::peer::{self, FetchError, FetchResult, Received, Transfers};
 use crate::proto::{Key, Payload};
 use crate::state::ErrorMessage;
-use crate::store::{self, Object};
+use crate::store::{self, Arena, Object};
 use crate::telemetry;
 use crate::wire::payload::Exception;
 
@@ -31,9 +31,14 @@ pub(super) enum Outcome {
 }
 
 /// Fetches from a peer.
-pub(super) async fn fetch(pool: &net::Pool, transfers: &Transfers, request: peer::Request) -> Outcome {
+pub(super) async fn fetch(
+    pool: &net::Pool,
+    transfers: &Transfers,
+    arena: &Arena,
+    request: peer::Request,
+) -> Outcome {
     match peer::fetch(pool, transfers, &request).await {
-        FetchResult::Success { data, received } => match hold_all(data, &request.keys).await {
+        FetchResult::Success { data, received } => match hold_all(data, &request.keys, arena).await {
             Ok(data) => Outcome::Success { data, received },
             Err(error) => Outcome::Failure(failure(&error)),
         },
@@ -47,12 +52,13 @@ pub(super) async fn fetch(pool: &net::Pool, transfers: &Transfers, request: peer
 async fn hold_all(
     data: Vec<(Key, Payload)>,
     sizes: &[(Key, u64)],
+    arena: &Arena,
 ) -> Result<Vec<(Key, Object)>, store::Error> {
     let sizes: FxHashMap<&Key, u64> = sizes.iter().map(|(key, nbytes)| (key, *nbytes)).collect();
     let mut objects = Vec::with_capacity(data.len());
     for (key, payload) in data {
         let nbytes = sizes.get(&key).copied().unwrap_or_else(|| payload.len());
-        objects.push((key, hold(payload, nbytes).await?));
+        objects.push((key, hold(payload, nbytes, arena).await?));
     }
     Ok(objects)
 }
@@ -61,11 +67,12 @@ async fn hold_all(
 ///
 /// # Errors
 /// [`store::Error`] when there is no shared memory for it.
-pub(super) async fn hold(payload: Payload, nbytes: u64) -> Result<Object, store::Error> {
+pub(super) async fn hold(payload: Payload, nbytes: u64, arena: &Arena) -> Result<Object, store::Error> {
     if payload.len() < OFFLOAD_MIN {
-        return Object::from_payload(payload, nbytes);
+        return Object::from_payload(payload, nbytes, arena);
     }
-    let copy = tokio::task::spawn_blocking(move || Object::from_payload(payload, nbytes));
+    let arena = arena.clone();
+    let copy = tokio::task::spawn_blocking(move || Object::from_payload(payload, nbytes, &arena));
     // the copy neither panics nor is it cancelled while the runtime lives, and with the runtime all ends
     copy.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }

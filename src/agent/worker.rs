@@ -166,7 +166,11 @@ impl Worker {
         let mut waiting: Option<oneshot::Sender<()>> = None;
         loop {
             let (events, outcomes) = mpsc::unbounded_channel();
-            let pool = exec::Pool::start(self.shared.config.exec.clone(), events)?;
+            let pool = exec::Pool::start(
+                self.shared.config.exec.clone(),
+                self.shared.store.arena().clone(),
+                events,
+            )?;
             let end = self.register_and_drive(&pool, outcomes, attempt, waiting.take()).await;
             self.shared.pulse.set_ready(false);
             self.shared.set_pool(None);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use super::ipc::{self, FromChild, Outgoing, RawFailure, Role, ToChild};
-use super::object::Segments;
+use super::object::{Places, Segments};
 use super::pool::{Shared, State};
 use super::slot::{self, Attempt, Queued, RETIRED, Recalled, Runner};
 use super::verdict::{self, Cause};
@@ -242,7 +242,9 @@ impl Shared {
         let mut state = self.state();
         match message {
             FromChild::Finished { seq, object, done } => {
-                let object = segments.object(object, done.nbytes)?;
+                let mailbox = state.runners.get(&id).map(|runner| runner.mailbox.clone());
+                let places = Places { mailbox: mailbox.as_deref(), ..self.places(&segments) };
+                let object = places.object(object, done.nbytes)?;
                 let queued = state.conclude(self, id, seq).ok_or(MISPLACED)?;
                 let job = &queued.attempt.job;
                 self.emit(Event::Finished(Box::new(Finished {
@@ -293,12 +295,17 @@ impl Shared {
                 self.emit(Event::ToScheduler(decode_message(frames, &Limits::default())?));
             }
             FromChild::Scattered { key, object, description } => {
-                let object = segments.object(object, description.nbytes)?;
+                let object = self.places(segments).object(object, description.nbytes)?;
                 self.emit(Event::Scattered { key, object, description });
             }
             _ => return Err(MISPLACED),
         }
         Ok(())
+    }
+
+    /// For objects of a message that left nothing in a mailbox.
+    fn places<'a>(&'a self, segments: &'a Segments) -> Places<'a> {
+        Places { segments, mailbox: None, arena: &self.arena }
     }
 
     fn failed(&self, segments: &Segments, raw: RawFailure) -> Result<Failed, ipc::Error> {

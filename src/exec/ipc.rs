@@ -106,7 +106,16 @@ pub(super) struct RawObject {
 #[derive(Debug, PartialEq)]
 pub(super) enum RawFrame {
     Inline(Bytes),
-    Shared { index: usize, offset: u64, len: u64 },
+    Shared {
+        index: usize,
+        offset: u64,
+        len: u64,
+    },
+    /// A region of the room in the runner's mailbox.
+    Left {
+        offset: u64,
+        len: usize,
+    },
 }
 
 /// Facts about a finished task.
@@ -345,15 +354,19 @@ impl Writer {
             self.fds.push(Carried::Segment(segment.clone()));
             self.fds.len() - 1
         });
-        self.region(index, segment.offset(), frame.bytes().len() as u64);
+        self.region(index, segment.offset(), frame.bytes().len() as u64, segment.is_packed());
         Ok(())
     }
 
-    fn region(&mut self, index: usize, offset: u64, len: u64) {
-        self.array(3);
+    /// Where a frame lies; a fourth item says that others lie there too.
+    fn region(&mut self, index: usize, offset: u64, len: u64, is_packed: bool) {
+        self.array(3 + usize::from(is_packed));
         self.uint(index as u64);
         self.uint(offset);
         self.uint(len);
+        if is_packed {
+            self.uint(1);
+        }
     }
 
     /// A frame on the heap: inline when small, else copied into shared memory, which the child maps writable.
@@ -365,7 +378,7 @@ impl Writer {
         memory.as_mut().copy_from_slice(frame);
         let memory = memory.seal()?;
         self.fds.push(Carried::Segment(Segment::new(memory.fd().clone(), 0)));
-        self.region(self.fds.len() - 1, 0, frame.len() as u64);
+        self.region(self.fds.len() - 1, 0, frame.len() as u64, false);
         Ok(())
     }
 }
@@ -537,7 +550,11 @@ fn raw_frame(value: Value) -> Option<RawFrame> {
     match value {
         Value::Bytes(bytes) => Some(RawFrame::Inline(bytes)),
         Value::List(items) => {
+            let left = items.len() == 2;
             let mut items = Items(items.into_iter());
+            if left {
+                return Some(RawFrame::Left { offset: items.uint()?, len: items.uint()?.try_into().ok()? });
+            }
             Some(RawFrame::Shared {
                 index: usize::try_from(items.uint()?).ok()?,
                 offset: items.uint()?,

@@ -19,7 +19,7 @@ use super::verdict::Cause;
 use super::zygote::{self, Zygote};
 use super::{Config, Error, Event, Job, Process, ProcessKind, Recall, WorkerInfo};
 use crate::proto::{Key, Value};
-use crate::store::Object;
+use crate::store::{Arena, Object};
 
 /// How long a runner's control thread may take to answer; one that holds the GIL in C code cannot.
 const STACKS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -39,6 +39,8 @@ pub(super) struct Shared {
     pub(super) room: Room,
     /// A runner was buried.
     pub(super) buried: Notify,
+    /// Where results of middling size go.
+    pub(super) arena: Arena,
     events: mpsc::UnboundedSender<Event>,
     /// Seconds to add to this machine's clock, as the bits of a float.
     time_delay: AtomicU64,
@@ -111,16 +113,18 @@ impl Shared {
 }
 
 impl Pool {
-    /// Starts the zygote and returns at once; runners are forked when work comes. Must be called in a runtime.
+    /// Starts the zygote and returns at once; runners are forked when work comes. Results that are not worth a memfd
+    /// are placed in `arena`. Must be called in a runtime.
     ///
     /// # Errors
     /// When the thread that watches the zygote cannot be made. An unusable interpreter is an
     /// [`Event::InterpreterFailed`].
-    pub fn start(config: Config, events: mpsc::UnboundedSender<Event>) -> Result<Pool, Error> {
+    pub fn start(config: Config, arena: Arena, events: mpsc::UnboundedSender<Event>) -> Result<Pool, Error> {
         let shared = Arc::new(Shared {
             config,
             room: Room::new(),
             buried: Notify::new(),
+            arena,
             events,
             time_delay: AtomicU64::new(0f64.to_bits()),
             state: Mutex::default(),

@@ -70,7 +70,7 @@ pub(super) struct Runner {
     pub(super) process: Option<PidFd>,
     pub(super) data: Link,
     pub(super) control: Link,
-    pub(super) mailbox: Mailbox,
+    pub(super) mailbox: Arc<Mailbox>,
     pub(super) queue: VecDeque<Queued>,
     /// Its task left the pool: it takes no other, and another runner has its slot.
     pub(super) seceded: bool,
@@ -116,7 +116,7 @@ impl Runner {
             process: None,
             data,
             control,
-            mailbox,
+            mailbox: Arc::new(mailbox),
             queue: VecDeque::new(),
             seceded: false,
             proven: false,

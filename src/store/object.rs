@@ -7,24 +7,42 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::SHARED_FRAME_MIN;
+use super::arena::{Arena, FRAME_MAX, Tally};
+use super::{SHARED_FRAME_MIN, is_worth_memfd};
 use crate::proto::{Payload, PayloadKind};
-use crate::sys::MemfdMut;
+use crate::sys::{self, MemfdMut};
 
 /// Where frames begin in a segment, in bytes: arrays on them are aligned then, whatever their items.
-const ALIGNMENT: usize = 64;
+pub(super) const ALIGNMENT: usize = 64;
 
-/// Where a shared frame lies: a sealed memfd, so that another process can map it.
+/// Where a shared frame lies: memory that nobody can change there, so that another process can map it.
 #[derive(Clone, Debug)]
 pub struct Segment {
     fd: Arc<OwnedFd>,
     offset: u64,
+    /// Of the arena's segment it lies in; none in an object's own memfd.
+    tally: Option<Arc<Tally>>,
 }
 
 impl Segment {
-    /// A region that begins `offset` bytes into a sealed memfd.
+    /// A region that begins `offset` bytes into an object's own, sealed memfd.
     pub fn new(fd: Arc<OwnedFd>, offset: u64) -> Self {
-        Segment { fd, offset }
+        Segment { fd, offset, tally: None }
+    }
+
+    /// A region of an arena's segment.
+    pub(super) fn packed(fd: Arc<OwnedFd>, offset: u64, tally: Arc<Tally>) -> Self {
+        Segment { fd, offset, tally: Some(tally) }
+    }
+
+    /// Whether other objects lie in the same memfd, so that it is not to be mapped as a whole.
+    pub fn is_packed(&self) -> bool {
+        self.tally.is_some()
+    }
+
+    /// Whether most of what once lay around it is gone.
+    pub(super) fn is_sparse(&self) -> bool {
+        self.tally.as_ref().is_some_and(|tally| tally.is_sparse())
     }
 
     /// The memfd; several frames may share one.
@@ -91,37 +109,36 @@ impl Object {
     }
 
     /// Takes what a peer or client sent. Frames of [`SHARED_FRAME_MIN`](super::SHARED_FRAME_MIN) bytes and more are
-    /// moved to one shared segment, so that every runner maps them instead of being sent a copy.
+    /// moved to shared memory, so that runners read them there instead of being sent a copy: into `arena`, or into a
+    /// memfd of the object's own where they are large.
     ///
     /// # Errors
     /// [`super::Error::Share`] when the system gives no shared memory or no descriptor for it.
-    pub fn from_payload(payload: Payload, nbytes: u64) -> Result<Self, super::Error> {
+    pub fn from_payload(payload: Payload, nbytes: u64, arena: &Arena) -> Result<Self, super::Error> {
         let Payload { kind, header, frames } = payload;
         let large = frames.iter().map(Bytes::len).filter(|n| *n >= SHARED_FRAME_MIN);
-        let total: usize = large.map(|n| n.next_multiple_of(ALIGNMENT)).sum();
-        let share = |source| super::Error::Share { bytes: total as u64, source };
-        if !super::is_worth_sharing(total) {
-            return Ok(Object::new(kind, header, frames.into_iter().map(Frame::heap).collect(), nbytes));
+        let bytes: usize = large.clone().map(|n| n.next_multiple_of(ALIGNMENT)).sum();
+        let packs = !is_worth_memfd(bytes) && large.max().is_none_or(|len| len <= FRAME_MAX);
+        let placed = if packs { pack(frames, arena) } else { place_in_memfd(frames, bytes) };
+        let frames = placed.map_err(|source| super::Error::Share { bytes: bytes as u64, source })?;
+        Ok(Object::new(kind, header, frames, nbytes))
+    }
+
+    /// The same object in other segments, if one it lies in is mostly empty.
+    ///
+    /// # Errors
+    /// When there is no memory for the copy.
+    pub(super) fn moved(&self, arena: &Arena) -> Result<Option<Self>, sys::Error> {
+        let is_sparse = |frame: &Frame| frame.segment().is_some_and(Segment::is_sparse);
+        if !self.frames().iter().any(is_sparse) {
+            return Ok(None);
         }
-        let mut memory = MemfdMut::create("iqoqo-object", total as u64).map_err(share)?;
-        let mut end = 0;
-        for frame in frames.iter().filter(|f| f.len() >= SHARED_FRAME_MIN) {
-            memory.as_mut()[end..end + frame.len()].copy_from_slice(frame);
-            end += frame.len().next_multiple_of(ALIGNMENT);
-        }
-        let memory = memory.seal().map_err(share)?;
-        let mapped = Bytes::from_owner(memory.map(0, total as u64).map_err(share)?);
-        let mut offset = 0;
-        let place = |frame: Bytes| {
-            if frame.len() < SHARED_FRAME_MIN {
-                return Frame::heap(frame);
-            }
-            let segment = Segment::new(memory.fd().clone(), offset as u64);
-            let bytes = mapped.slice(offset..offset + frame.len());
-            offset += frame.len().next_multiple_of(ALIGNMENT);
-            Frame::shared(bytes, segment)
+        let place = |frame: &Frame| match is_sparse(frame) {
+            true => arena.copy(frame.bytes()),
+            false => Ok(frame.clone()),
         };
-        Ok(Object::new(kind, header, frames.into_iter().map(place).collect(), nbytes))
+        let frames = self.frames().iter().map(place).collect::<Result<_, _>>()?;
+        Ok(Some(Object::new(self.kind(), self.header().clone(), frames, self.nbytes())))
     }
 
     /// Marker it travels under.
@@ -172,4 +189,36 @@ impl Object {
             frames: self.0.frames.iter().map(|f| f.bytes.clone()).collect(),
         }
     }
+}
+
+/// Places the large ones of an object's frames in the arena.
+fn pack(frames: Vec<Bytes>, arena: &Arena) -> Result<Vec<Frame>, sys::Error> {
+    let place = |frame: Bytes| match frame.len() {
+        len if len < SHARED_FRAME_MIN => Ok(Frame::heap(frame)),
+        _ => arena.copy(&frame),
+    };
+    frames.into_iter().map(place).collect()
+}
+
+/// Places the large ones of an object's frames in a memfd of its own; they take `total` bytes in it.
+fn place_in_memfd(frames: Vec<Bytes>, total: usize) -> Result<Vec<Frame>, sys::Error> {
+    let mut memory = MemfdMut::create("iqoqo-object", total as u64)?;
+    let mut end = 0;
+    for frame in frames.iter().filter(|f| f.len() >= SHARED_FRAME_MIN) {
+        memory.as_mut()[end..end + frame.len()].copy_from_slice(frame);
+        end += frame.len().next_multiple_of(ALIGNMENT);
+    }
+    let memory = memory.seal()?;
+    let mapped = Bytes::from_owner(memory.map(0, total as u64)?);
+    let mut offset = 0;
+    let place = |frame: Bytes| {
+        if frame.len() < SHARED_FRAME_MIN {
+            return Frame::heap(frame);
+        }
+        let segment = Segment::new(memory.fd().clone(), offset as u64);
+        let bytes = mapped.slice(offset..offset + frame.len());
+        offset += frame.len().next_multiple_of(ALIGNMENT);
+        Frame::shared(bytes, segment)
+    };
+    Ok(frames.into_iter().map(place).collect())
 }

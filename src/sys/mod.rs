@@ -3,6 +3,7 @@
 //! Thin and typed, one system call a function; policy (who may map what, who is killed when) belongs to the callers.
 #![allow(unsafe_code)]
 
+mod append;
 mod kernel;
 mod memfd;
 mod process;
@@ -11,6 +12,7 @@ mod words;
 
 use std::io;
 
+pub use append::{Appended, Appender};
 pub use kernel::landlock_abi;
 pub use memfd::{Mapping, Memfd, MemfdMut, memory_is_crowded};
 pub use process::{
@@ -18,7 +20,7 @@ pub use process::{
     keep_descriptor_on_exec, new_session, own_executable, pipe, raise_descriptor_limit, set_nonblocking,
 };
 pub use socket::{MAX_DESCRIPTORS, Received, receive, send, socket_pair, watch, watch_again};
-pub use words::{SharedWords, barrier_between_processes};
+pub use words::{ROOM_OFFSET, SharedWords, barrier_between_processes};
 
 /// What the kernel refused, or what another process handed over that is not what it should be.
 #[derive(Debug, thiserror::Error)]

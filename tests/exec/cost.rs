@@ -58,3 +58,41 @@ async fn cost_of_a_trivial_task() {
     }
     fixture.pool.shutdown().await;
 }
+
+/// What it costs to make and to read one array, by its size.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn cost_of_an_array() {
+    const ROUNDS: u32 = 1000;
+    let mut fixture = Fixture::new(1);
+    fixture.run("import numpy\ndef f(): return 1").await;
+    let runner = fixture.runner();
+    for kib in [1, 70, 120, 250, 500, 1000, 4000] {
+        let rounds = (ROUNDS * 100 / kib).clamp(20, ROUNDS);
+        let code = format!("from numpy import ones as f\nargs = ({kib} * 1024, 'u1')");
+        let template = job("x", &code);
+        let mut object = None;
+        let reader = job_with("y", "from numpy import sum as f\nargs = (TaskRef('in'),)", Vec::new());
+        let mut cost = [0.0; 6];
+        for part in [0, 3] {
+            let (start, there, here) = (Instant::now(), cpu(runner), cpu(std::process::id()));
+            for _ in 0..rounds {
+                if part == 0 {
+                    fixture.pool.submit(template.clone());
+                    object = Some(fixture.finished().await.object);
+                } else {
+                    let inputs = vec![("in".into(), object.clone().unwrap())];
+
+                    fixture.pool.submit(Job { inputs, ..reader.clone() });
+                    fixture.finished().await;
+                }
+            }
+            let each = |nanoseconds: u64| nanoseconds as f64 / 1e3 / f64::from(rounds);
+            cost[part] = each(start.elapsed().as_nanos() as u64);
+            cost[part + 1] = each(cpu(runner) - there);
+            cost[part + 2] = each(cpu(std::process::id()) - here);
+        }
+        println!("{kib} KiB: made, then read: wall, runner, daemon and test: {cost:.0?} µs");
+    }
+    fixture.pool.shutdown().await;
+}

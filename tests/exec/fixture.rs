@@ -8,7 +8,7 @@ pub use iqoqo_dask_worker::exec::{
     Cause, Config, Event, Failed, Finished, Job, Pool, ProcessKind, Recall, Target, WorkerInfo,
 };
 pub use iqoqo_dask_worker::proto::{Key, RunId, Value};
-pub use iqoqo_dask_worker::store::Object;
+pub use iqoqo_dask_worker::store::{Arena, Object};
 pub use tokio::sync::mpsc;
 
 use super::forge;
@@ -42,7 +42,7 @@ impl Fixture {
 
     pub fn with(config: Config) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
-        Fixture { pool: Pool::start(config, sender).unwrap(), events, output: Vec::new() }
+        Fixture { pool: Pool::start(config, Arena::new(), sender).unwrap(), events, output: Vec::new() }
     }
 
     /// The next event that is not output.

@@ -72,7 +72,8 @@ async fn a_dead_zygote_is_replaced() {
 async fn an_interpreter_without_distributed_is_reported() {
     let (sender, mut events) = mpsc::unbounded_channel();
     for (python, expected) in [("/nonexistent/python", "could not execute"), ("/bin/cat", "")] {
-        let pool = Pool::start(Config { python: python.into(), ..config(1) }, sender.clone()).unwrap();
+        let pool =
+            Pool::start(Config { python: python.into(), ..config(1) }, Arena::new(), sender.clone()).unwrap();
         loop {
             match tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap().unwrap() {
                 Event::InterpreterFailed { text, .. } => break assert!(text.contains(expected), "{text}"),

@@ -48,6 +48,34 @@ async fn large_objects_pass_through_shared_memory() {
 }
 
 #[tokio::test]
+async fn results_of_middling_size_take_no_descriptors() {
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let mut fixture = Fixture::new(1);
+    fixture.run("def f(): return 1").await;
+    let (mut held, before) = (Vec::new(), descriptors());
+    for sizes in ["(70_000,)", "(66_000,) * 3"] {
+        let code = format!("def f():\n  import numpy\n  return [numpy.ones(n, 'u1') for n in {sizes}]");
+        let template = job("x", &code);
+        for _ in 0..250 {
+            fixture.pool.submit(template.clone());
+            held.push(fixture.finished().await.object);
+        }
+    }
+    // other tests run beside this one
+    assert!(descriptors() < before + 250, "{} descriptors", descriptors() - before);
+    let shared: u64 = held.iter().map(Object::shared_bytes).sum();
+    assert_eq!(shared, 250 * (70_000 + 3 * 66_000));
+    let code = "def f(a):\n  a[0] += 1\n  return sum(int(x.sum()) for x in a)\nargs = (TaskRef('in'),)";
+    for (object, sum) in [(&held[5], "140000"), (&held[5], "140000"), (&held[400], "264000")] {
+        // written to by the task, yet the same for the next
+        fixture.pool.submit(job_with("y", code, vec![("in".into(), object.clone())]));
+        let read = fixture.finished().await.object.to_payload();
+        assert_eq!(forge::result(&read, "x"), sum);
+    }
+    fixture.pool.shutdown().await;
+}
+
+#[tokio::test]
 async fn coroutines_reschedules_annotations_and_unpicklable_results_are_as_in_dasks_worker() {
     let mut fixture = Fixture::new(1);
     let done = fixture.run("import asyncio\nasync def f():\n  await asyncio.sleep(0.01)\n  return 4").await;
@@ -148,13 +176,14 @@ async fn call_stacks_show_what_runs() {
 #[tokio::test]
 async fn more_inputs_than_descriptors_in_a_message_arrive() {
     let mut fixture = Fixture::new(1);
-    let made = fixture.run("def f(): return b'x' * 100_000").await.object;
-    let again = fixture.run("def f(): return b'y' * 100_000").await.object;
+    let made = fixture.run("def f(): return b'x' * 300_000").await.object;
+    let again = fixture.run("def f(): return b'y' * 300_000").await.object;
     // alternate, and each with a memfd of its own
+    let arena = Arena::new();
     let objects: Vec<(Key, Object)> = (0..300)
         .map(|i| {
             let object = if i % 2 == 0 { &made } else { &again };
-            let copy = Object::from_payload(object.to_payload(), 1).unwrap();
+            let copy = Object::from_payload(object.to_payload(), 1, &arena).unwrap();
             (Key::from(format!("in{i}")), copy)
         })
         .collect();

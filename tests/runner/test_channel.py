@@ -201,3 +201,50 @@ def test_sizes_never_break_the_protocol():
 
     assert channel.describe(Odd())[0] == 1_000_000
     assert channel.describe(Negative())[0] >= 0
+
+
+def room():
+    memory, taken = memoryview(bytearray(channel.ROOM)), memoryview(bytearray(8)).cast("Q")
+    return channel.Room(memory, taken), memory, taken
+
+
+def test_results_of_middling_size_are_left_in_the_room():
+    left, memory, taken = room()
+    value = [np.arange(3), np.arange(10_000), np.full(12_000, 7)]
+    header, frames = channel.dump(value)
+    (_, _, placed), fd = channel.share(header, frames, left)
+    assert fd is None
+    places = [f for f in placed if type(f) is tuple]
+    assert places == [(0, 80_000), (80_000, 96_000)]
+    again = reopen(header, [f if type(f) is bytes else memory[f[0] : sum(f)] for f in placed])
+    np.testing.assert_equal(again, value)
+
+
+def test_what_was_left_is_written_over_only_once_it_is_taken():
+    left, _, taken = room()
+    header, frames = channel.dump(b"x" * 200_000)
+
+    def share():
+        (_, _, placed), fd = channel.share(header, frames, left)
+        if fd is not None:
+            os.close(fd)
+        return placed[-1][-2] if fd is None else None
+
+    offsets = [share() for _ in range(6)]
+    assert offsets[0] == 0 and offsets[5] is None
+    assert all(b >= a + 200_000 for a, b in zip(offsets[:4], offsets[1:5], strict=True))
+    taken[0] = 4
+    assert share() is None
+    taken[0] = 5
+    assert share() == 0
+
+
+@pytest.mark.parametrize("size", [70_000, 300_000])
+def test_a_frame_that_lies_with_others_is_read_alone(size):
+    fd = os.memfd_create("test")
+    os.pwrite(fd, b"a" * 5000 + b"b" * size + b"c" * 5000, 0)
+    with Descriptors([fd]) as descriptors:
+        buffer = memoryview(descriptors.view(0, 5000, size, 1))
+    assert bytes(buffer) == b"b" * size
+    assert not buffer.readonly
+    buffer[0] = 0

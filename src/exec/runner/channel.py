@@ -60,6 +60,12 @@ PICKLED: Final = 1
 
 SHARED_FRAME_MIN: Final = 64 * 1024
 """Frames from this size on, in bytes, travel as shared memory, as in store/mod.rs."""
+MEMFD_MIN: Final = 256 * 1024
+"""Objects from this size on, in bytes, have a memfd of their own, as in store/mod.rs."""
+MAP_MIN: Final = 128 * 1024
+"""Frames from this size on, in bytes, are mapped where they lie with others; smaller ones are copied."""
+ROOM: Final = 1024 * 1024
+"""Bytes in which a runner leaves results for the daemon to take, as in mailbox.rs."""
 INLINE_MAX: Final = 1024 * 1024
 """An object whose small frames sum up to more than this travels as shared memory as a whole."""
 FRAMES_MAX: Final = 100_000
@@ -247,11 +253,41 @@ def dump(value: Any) -> tuple[bytes, list[Frame]]:
     return _header(len(parts), header), parts
 
 
-def share(header: bytes, frames: list[Frame]) -> tuple[Object, int | None]:
-    """Puts the large frames of an object into sealed memory.
+class Room:
+    """Memory in which results are left that are too large for a message and too small for a memfd."""
 
-    Returns the object as it goes into a message, with frames of the form bytes or (descriptor's index,
-    offset, length), and the descriptor, if there is one; the caller closes it.
+    def __init__(self, memory: memoryview, taken: memoryview) -> None:
+        self._memory = memory
+        self._taken = taken
+        self._left = 0
+        self._end = 0
+
+    def leave(self, frames: list[Frame], sizes: list[int]) -> list[Any] | None:
+        """The frames as they go into a message, as bytes or (offset, length); None when there is no room."""
+        if self._taken[0] == self._left:
+            # all has been taken that was left here
+            self._end = 0
+        end = self._end
+        if end + sum(sizes) + ALIGNMENT * len(sizes) > ROOM:
+            return None
+        placed: list[Any] = []
+        for frame, size in zip(frames, sizes, strict=True):
+            if size < SHARED_FRAME_MIN:
+                placed.append(frame if type(frame) is bytes else bytes(frame))
+                continue
+            self._memory[end : end + size] = memoryview(frame).cast("B")
+            placed.append((end, size))
+            end += size + -size % ALIGNMENT
+        self._end = end
+        self._left += 1
+        return placed
+
+
+def share(header: bytes, frames: list[Frame], room: Room | None = None) -> tuple[Object, int | None]:
+    """Puts the large frames of an object into the room, or into sealed memory.
+
+    Returns the object as it goes into a message, with frames of the form bytes, (offset, length) or
+    (descriptor's index, offset, length), and the descriptor, if there is one; the caller closes it.
     """
     sizes = [len(f) if type(f) is bytes else memoryview(f).nbytes for f in frames]
     minimum = SHARED_FRAME_MIN
@@ -259,6 +295,10 @@ def share(header: bytes, frames: list[Frame]) -> tuple[Object, int | None]:
         minimum = 0
     elif max(sizes, default=0) < minimum:
         return (SERIALIZED, header, [f if type(f) is bytes else bytes(f) for f in frames]), None
+    elif room is not None and sum(sizes) < MEMFD_MIN:
+        left = room.leave(frames, sizes)
+        if left is not None:
+            return (SERIALIZED, header, left), None
     fd = _memfd()
     try:
         end = 0
@@ -309,8 +349,13 @@ class Descriptors:
         self._fds = []
         self._views = {}
 
-    def view(self, index: int, offset: int, length: int) -> memoryview:
-        """A private, writable view: what is written to it is seen by nobody else."""
+    def view(self, index: int, offset: int, length: int, packed: int = 0) -> Any:
+        """A private, writable buffer: what is written to it is seen by nobody else.
+
+        Where other objects lie in the same memory, it is not mapped as a whole, which would keep all of it.
+        """
+        if packed:
+            return self._part(self._fds[index], offset, length)
         view = self._views.get(index)
         if view is None:
             size = os.fstat(self._fds[index]).st_size
@@ -319,6 +364,18 @@ class Descriptors:
             )
             view = self._views[index] = memoryview(mapping)
         return view[offset : offset + length]
+
+    @staticmethod
+    def _part(fd: int, offset: int, length: int) -> Any:
+        if length < MAP_MIN:
+            buffer = bytearray(length)
+            if os.preadv(fd, [buffer], offset) != length:
+                raise OSError("a frame in shared memory is cut off")
+            return buffer
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        mapping = mmap.mmap(fd, skip + length, flags=mmap.MAP_PRIVATE, prot=protection, offset=offset - skip)
+        return memoryview(mapping)[skip:]
 
 
 def load(kind: int, header: bytes, frames: Sequence[Any], descriptors: Descriptors) -> Any:

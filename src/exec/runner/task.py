@@ -37,6 +37,8 @@ from .worker import Worker
 
 RING: Final = 64
 """Words for revoked tasks in the mailbox, as in mailbox.rs."""
+ROOM_OFFSET: Final = 4096
+"""Where results are left in the mailbox, as in sys/words.rs."""
 TYPES_MAX: Final = 1000
 
 logger = logging.getLogger("distributed.worker")
@@ -58,7 +60,9 @@ class Runner:
         self.control = control
         self.worker = Worker(data)
         self.worker.on_secede = self._on_secede
-        self.mailbox = memoryview(mmap.mmap(mailbox, 8 * (1 + RING))).cast("Q")
+        shared = memoryview(mmap.mmap(mailbox, ROOM_OFFSET + channel.ROOM))
+        self.mailbox = shared[: 8 * (2 + RING)].cast("Q")
+        self.room = channel.Room(shared[ROOM_OFFSET:], self.mailbox[1 + RING :])
         self.seq = 0
         self.key: Any = None
         self.in_task = False
@@ -121,7 +125,8 @@ class Runner:
         fds: list[int] = []
         try:
             try:
-                shared = [o and self._share(o, fds) for o in objects]
+                room = self.room if tag == channel.FINISHED else None
+                shared = [o and self._share(o, fds, room) for o in objects]
             except BaseException as error:
                 if tag == channel.FAILED:
                     raise
@@ -129,18 +134,18 @@ class Runner:
                     os.close(fd)
                 fds = []
                 tag, objects, *rest = self._failure(error, None, None)
-                shared = [o and self._share(o, fds) for o in objects]
+                shared = [o and self._share(o, fds, None) for o in objects]
             self.data.send((tag, seq, *shared, *rest), fds)
         finally:
             for fd in fds:
                 os.close(fd)
 
     @staticmethod
-    def _share(part: tuple[bytes, list[Any]], fds: list[int]) -> channel.Object:
+    def _share(part: tuple[bytes, list[Any]], fds: list[int], room: channel.Room | None) -> channel.Object:
         header, frames = part
         if len(frames) == 1 and type(frames[0]) is bytes and len(frames[0]) < channel.SHARED_FRAME_MIN:
             return channel.SERIALIZED, header, frames
-        shared, fd = channel.share(header, frames)
+        shared, fd = channel.share(header, frames, room)
         if fd is None:
             return shared
         kind, header, frames = shared
