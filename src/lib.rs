@@ -8,7 +8,7 @@
 //! | 0 | `sys` | the only `unsafe`: memfd, mmap, pidfd, fd passing | - |
 //! | 0 | `telemetry` | log records, metrics, the driver's pulse, HTTP endpoints | - |
 //! | 1 | `state` | the worker state machine; no IO, no clock | proto |
-//! | 1 | `store` | results by key, accounting | proto, sys, telemetry |
+//! | 1 | `store` | results by key, in memory and on disk, accounting | proto, sys, telemetry |
 //! | 1 | `wire` | framing, msgpack dialect, compression, handshake; no sockets | proto |
 //! | 1 | `scratch` | work directories on disk: locks, clean-up | - |
 //! | 1 | `systemd` | what a service manager is told: ready, status, alive | - |

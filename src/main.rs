@@ -64,6 +64,9 @@ fn run(mut gathered: Gathered) -> Result<Exit, Exit> {
     if let Err(error) = sys::raise_descriptor_limit() {
         tracing::warn!("the limit of open files stays as it is: {}", telemetry::chain(&error));
     }
+    if let Err(error) = sys::survive_file_size_limit() {
+        tracing::warn!("a limit of file sizes ends this program: {}", telemetry::chain(&error));
+    }
     let python = gathered.python();
     tracing::info!(
         "iqoqo-dask-worker {}, Python {}, distributed {}, sandbox off",

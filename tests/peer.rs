@@ -78,7 +78,7 @@ impl Backend for Fake {
     }
 
     async fn free_keys(&self, keys: Vec<Key>, _stimulus_id: Arc<str>) {
-        keys.iter().for_each(|key| drop(self.store.remove(key)));
+        keys.iter().for_each(|key| _ = self.store.remove(key));
     }
 
     async fn who_has(&self, keys: Vec<Key>) -> Result<Vec<(Key, Vec<Address>)>, net::Error> {

@@ -13,10 +13,11 @@ use tracing::{debug, error, warn};
 
 use super::ahead::Ahead;
 use super::gather::{self, Outcome};
-use super::memory::{Pressure, Verdict, largest};
+use super::memory::Pressure;
 use super::report::Executed;
 use super::requests::Command;
 use super::shared::Shared;
+use super::spill::Loaded;
 use super::{Error, Stop, StopSignal};
 use crate::exec;
 use crate::peer::{self, Received};
@@ -44,6 +45,8 @@ pub(super) enum Report {
     Fetched { worker: Address, total_nbytes: u64, keys: Vec<Key>, outcome: Outcome },
     /// A busy peer may be asked again.
     RetryBusy { worker: Address, stimulus_id: Arc<str> },
+    /// Inputs of a task were read from disk.
+    Loaded(Box<Loaded>),
     /// The scheduler has moved our data elsewhere and removed us, or takes too long for it.
     Retired,
 }
@@ -90,14 +93,16 @@ pub(super) struct Driver {
     pub(super) running: FxHashMap<Key, RunId>,
     /// Outcomes of tasks that ran ahead and whose turn has come.
     pub(super) due: Vec<exec::Event>,
+    /// Tasks that the state machine has started, and that wait for results to be spilled.
+    pub(super) held_back: Vec<(Key, RunId)>,
     pub(super) jobs: mpsc::UnboundedSender<Report>,
     pub(super) bandwidth: Bandwidth,
     pub(super) executed: Executed,
     pub(super) retiring: Option<Retiring>,
     pub(super) end: Option<End>,
+    pub(super) pressure: Pressure,
+    pub(super) own_id: Arc<str>,
     instructions: Vec<Instruction>,
-    pressure: Pressure,
-    own_id: Arc<str>,
 }
 
 impl Driver {
@@ -120,6 +125,7 @@ impl Driver {
             ahead: Ahead::default(),
             running: FxHashMap::default(),
             due: Vec::new(),
+            held_back: Vec::new(),
             jobs,
             executed: Executed::default(),
             retiring: None,
@@ -133,6 +139,7 @@ impl Driver {
         self.set_status(Status::Running, &self.own_id.clone());
         let mut find_missing = ticks(FIND_MISSING);
         let mut sample = ticks(self.shared.config.monitor.interval);
+        let mut memory = ticks(self.memory_interval());
         let lifetime = self.shared.config.lifetime;
         let expiry = lifetime.map(|lifetime| Instant::now() + lifetime.duration);
         let end = loop {
@@ -155,6 +162,8 @@ impl Driver {
                     self.apply_own("find-missing", EventKind::FindMissing);
                 }
                 _ = sample.tick() => self.sample(),
+                _ = memory.tick(), if self.watches_memory() => self.look_at_memory(),
+                () = self.shared.store.changed() => self.report_lost(),
                 () = until(expiry), if self.retiring.is_none() => {
                     let restart = lifetime.is_some_and(|lifetime| lifetime.restart);
                     self.retire("worker-lifetime-reached", restart);
@@ -164,6 +173,7 @@ impl Driver {
                     _ => self.retire("stopped", false),
                 }
             }
+            self.give_out();
             // here only, as one such outcome can make the next one due
             while let Some(outcome) = self.due.pop() {
                 self.outcome(outcome);
@@ -282,7 +292,7 @@ impl Driver {
         match instruction {
             Instruction::Send(message) => self.session.sender().send(message.to_value()),
             Instruction::Execute { key, .. } => self.execute(key),
-            Instruction::DropData { key } => drop(self.shared.store.remove(&key)),
+            Instruction::DropData { key } => _ = self.shared.store.remove(&key),
             Instruction::GatherDep { worker, to_gather, total_nbytes, stimulus_id } => {
                 self.gather(worker, to_gather, total_nbytes, stimulus_id);
             }
@@ -320,6 +330,7 @@ impl Driver {
             Report::Fetched { worker, total_nbytes, keys, outcome } => {
                 self.fetched(worker, total_nbytes, &keys, outcome);
             }
+            Report::Loaded(loaded) => self.loaded(*loaded),
             Report::RetryBusy { worker, stimulus_id } => {
                 self.apply(stimulus_id, EventKind::RetryBusyWorker { worker });
             }
@@ -366,47 +377,20 @@ impl Driver {
     fn hold(&mut self, key: Key, object: Object) -> (Key, Stored) {
         let stored = Stored { nbytes: object.nbytes(), type_: None };
         self.shared.store.insert(key.clone(), object);
+        self.stored();
         (key, stored)
     }
 
-    /// Looks at the machine, and pauses or resumes.
+    /// Takes a sample of the machine.
     fn sample(&mut self) {
         let pids: Vec<u32> = self.pool.processes().iter().map(|process| process.pid).collect();
         if let Err(error) = self.shared.store.tidy() {
             warn!("{}", telemetry::chain(&error));
         }
-        let usage = self.shared.store.usage();
-        let used = {
-            let mut monitor = self.shared.monitor();
-            monitor.update(&pids, usage.shared + usage.waste);
-            monitor.usage().memory
-        };
+        let shared = self.shared.store.usage().shared_memory();
+        self.shared.monitor().update(&pids, shared);
         self.shared.pulse.tick();
         self.tell_metrics(pids.len());
-        let status = self.shared.status();
-        match self.pressure.judge(used, status) {
-            Verdict::Fine => {}
-            Verdict::Pause { percent } => {
-                warn!(target: WORKER, "Worker is at {percent}% memory usage. Pausing worker.");
-                self.set_status(Status::Paused, &self.own_id.clone());
-            }
-            Verdict::Resume { percent } => {
-                warn!(target: WORKER, "Worker is at {percent}% memory usage. Resuming worker.");
-                self.set_status(Status::Running, &self.own_id.clone());
-            }
-            Verdict::Terminate { percent } => {
-                let busy = self.pool.processes().into_iter().filter_map(|p| Some((p.pid, p.key?))).collect();
-                let limit = self.shared.config.memory_limit.unwrap_or(used);
-                if status == Status::Running {
-                    warn!(target: WORKER, "Worker is at {percent}% memory usage. Pausing worker.");
-                    self.set_status(Status::Paused, &self.own_id.clone());
-                }
-                if let Some((pid, key, peak)) = largest(busy) {
-                    warn!(target: NANNY, "Worker exceeded {percent}% memory budget. Killing runner {pid}, which runs {key}.");
-                    self.pool.kill_out_of_memory(&key, peak, limit);
-                }
-            }
-        }
     }
 }
 

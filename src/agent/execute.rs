@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
 use tracing::{error, info, warn};
 
 use super::Error;
@@ -11,10 +12,20 @@ use crate::exec::{self, Cause, Job, Recall, Stream};
 use crate::proto::{Key, RunId, Value};
 use crate::scheduler::now;
 use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName, Stored, Task, TypeInfo};
+use crate::store::{Lookup, Object};
 use crate::telemetry::CauseLabel;
 
 /// Attempts to start the interpreter before the worker gives up.
 const INTERPRETER_ATTEMPTS: u32 = 3;
+
+/// Why a task cannot be given to a runner now.
+#[derive(Debug)]
+pub(super) enum NoJob {
+    /// These inputs have to be read from disk; the others, which are here, are kept for it.
+    OnDisk { inputs: Vec<Key>, others: Vec<(Key, Object)> },
+    /// It cannot be run at all.
+    Error(Box<ErrorMessage>),
+}
 
 impl Driver {
     /// Runs a task: the state machine has started it.
@@ -38,14 +49,11 @@ impl Driver {
                 return;
             }
         }
-        match self.job(&key) {
-            Ok(job) => self.pool.submit(job),
-            Err(error) => self.refuse(key, run_id, *error),
-        }
+        self.submit(key, run_id);
     }
 
     /// A task that cannot be given to a runner.
-    fn refuse(&mut self, key: Key, run_id: RunId, error: ErrorMessage) {
+    pub(super) fn refuse(&mut self, key: Key, run_id: RunId, error: ErrorMessage) {
         error!(target: WORKER, "cannot run {key:?}: {}", error.exception_text);
         self.due.push(exec::Event::Failed(Box::new(exec::Failed {
             key,
@@ -61,9 +69,9 @@ impl Driver {
         })));
     }
 
-    /// A task with its inputs, or why it cannot be run.
-    fn job(&self, key: &Key) -> Result<Job, Box<ErrorMessage>> {
-        let fail = |name, text: String| Err(Box::new(raised(name, text)));
+    /// A task with its inputs, or why it cannot be run. `loaded` are inputs that were read back for it.
+    pub(super) fn job(&self, key: &Key, loaded: &FxHashMap<Key, Object>) -> Result<Job, NoJob> {
+        let fail = |name, text: String| Err(NoJob::Error(Box::new(raised(name, text))));
         let Some((task, run_spec)) = self.state.task(key).and_then(|t| Some((t, t.run_spec()?.clone())))
         else {
             return fail("KeyError", format!("{key:?}"));
@@ -72,19 +80,27 @@ impl Driver {
             return fail("NotImplementedError", "this worker does not hold actors yet".into());
         }
         let annotations = task.annotations().cloned().unwrap_or_else(|| Arc::new(Value::Nil));
-        let mut inputs = Vec::new();
+        let (mut inputs, mut on_disk) = (Vec::new(), Vec::new());
         for dependency in self.state.dependencies(task) {
-            let Some(object) = self.shared.store.get(dependency) else {
-                return fail("KeyError", format!("{dependency:?}"));
-            };
-            inputs.push((dependency.clone(), object));
+            if let Some(object) = loaded.get(dependency) {
+                inputs.push((dependency.clone(), object.clone()));
+                continue;
+            }
+            match self.shared.store.find(dependency) {
+                Lookup::Here(object) => inputs.push((dependency.clone(), object)),
+                Lookup::OnDisk => on_disk.push(dependency.clone()),
+                Lookup::Nowhere => return fail("KeyError", format!("{dependency:?}")),
+            }
+        }
+        if !on_disk.is_empty() {
+            return Err(NoJob::OnDisk { inputs: on_disk, others: inputs });
         }
         Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations })
     }
 
     /// Gives busy runners what comes next, so that they need not wait for it.
     pub(super) fn hand_ahead(&mut self) {
-        if !self.state.is_running() || self.state.ready_count() == 0 {
+        if !self.state.is_running() || self.state.ready_count() == 0 || self.shared.store.is_crowded() {
             return;
         }
         let first = self.state.peek_ready(1);
@@ -98,8 +114,8 @@ impl Driver {
             if self.ahead.get(&key).is_some() {
                 continue;
             }
-            // what cannot be run says so when its turn comes
-            let Ok(job) = self.job(&key) else { continue };
+            // what cannot be run says so when its turn comes, and what needs inputs from disk gets them then
+            let Ok(job) = self.job(&key, &FxHashMap::default()) else { continue };
             let run_id = job.run_id;
             if self.pool.prefetch(job).is_err() {
                 return;
@@ -163,6 +179,7 @@ impl Driver {
                 let exec::Description { nbytes, type_pickled, typename } = description;
                 let type_ = Some(TypeInfo { pickled: type_pickled, name: typename.into() });
                 self.shared.store.insert(key.clone(), object);
+                self.stored();
                 let data = vec![(key, Stored { nbytes, type_ })];
                 self.apply_own("update-data", EventKind::UpdateData { data });
             }
@@ -234,6 +251,7 @@ impl Driver {
         }
         let nbytes = object.nbytes();
         self.shared.store.insert(key.clone(), object);
+        self.stored();
         let type_ = Some(TypeInfo { pickled: type_pickled, name: typename });
         let (thread, startstops, metadata) = (Some(thread), Vec::new(), None);
         let kind = EventKind::ExecuteSuccess {
@@ -277,10 +295,7 @@ impl Driver {
         if self.ahead.get(key).is_some_and(|handed| handed.run_id == run_id) {
             self.ahead.take(key);
         } else if self.running.get(key) == Some(&run_id) {
-            match self.job(key) {
-                Ok(job) => self.pool.submit(job),
-                Err(error) => self.refuse(key.clone(), run_id, *error),
-            }
+            self.submit(key.clone(), run_id);
         }
     }
 

@@ -1,25 +1,97 @@
-//! When the worker pauses for want of memory, and resumes.
+//! What the worker does about the memory it uses: when it spills, pauses, resumes, ends a task, replaces a runner.
 //!
-//! Decides from numbers it is given; kills nothing.
+//! What is spilled first, and how, is the store's business.
 //!
-//! Source: `distributed/worker_memory.py: WorkerMemoryManager._maybe_pause_or_unpause`.
+//! Source: `distributed/worker_memory.py`.
 
-use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crate::proto::{Key, Status};
+use bytes::Bytes;
+use tracing::warn;
 
-/// Thresholds as fractions of the memory limit; `None` turns one off.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+use super::driver::Driver;
+use crate::exec::{Process, ProcessKind};
+use crate::proto::Status;
+use crate::store::{Codec, SpillConfig};
+use crate::telemetry::format_bytes;
+use crate::wire::{self, Compression};
+
+/// Targets of log lines that a stock worker and nanny write too.
+const MEMORY: &str = "distributed.worker.memory";
+const NANNY_MEMORY: &str = "distributed.nanny.memory";
+
+/// Folder of spill files in the worker's scratch directory, as with a stock worker.
+const STORAGE: &str = "storage";
+/// Part of the memory limit by which results may be above the target before no more are made until some are spilled.
+const SLACK: f64 = 0.1;
+/// Bytes by which a runner may have grown, at least, and part of the memory limit, before it is replaced.
+const GROWTH_MIN: u64 = 32 << 20;
+const GROWTH: f64 = 0.05;
+/// Time between two lines about memory that is not ours to spill.
+const UNMANAGED_COMPLAINTS: Duration = Duration::from_secs(300);
+/// Time for the memory of a killed runner to become free before another one is killed.
+const KILLS: Duration = Duration::from_secs(1);
+/// Looks at a worker without tasks, until nothing is expected to change any more.
+const IDLE_LOOKS: u32 = 5;
+/// Time between two looks that new results cause.
+const LOOKS: Duration = Duration::from_millis(10);
+
+/// `distributed.worker.memory`. Thresholds are fractions of the memory limit; `None` turns one off.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MemoryConfig {
-    /// No new tasks are started above it (`distributed.worker.memory.pause`).
+    /// Results in memory beyond it are spilled.
+    pub target: Option<f64>,
+    /// Results are spilled when the processes use more than this, until they use less than `target`.
+    pub spill: Option<f64>,
+    /// No new tasks are started above it.
     pub pause: Option<f64>,
-    /// The largest runner is killed above it (`distributed.worker.memory.terminate`).
+    /// The largest runner is killed above it.
     pub terminate: Option<f64>,
+    /// Time between two looks at what the processes use.
+    pub interval: Duration,
+    /// Bytes that spill files may take; `None` for any number.
+    pub max_spill: Option<u64>,
+    /// How spilled results are compressed.
+    pub spill_compression: Compression,
+}
+
+impl MemoryConfig {
+    /// What the store of a worker with that limit in bytes and that scratch directory spills, and where to.
+    pub(super) fn spilling(&self, limit: Option<u64>, directory: &Path) -> Option<SpillConfig> {
+        let limit = limit.filter(|limit| *limit > 0 && (self.target.is_some() || self.spill.is_some()))?;
+        let target = self.target.map_or(u64::MAX, |target| (limit as f64 * target) as u64);
+        let compression = self.spill_compression;
+        let codec =
+            (compression != Compression::None).then(|| Arc::new(Frames(compression)) as Arc<dyn Codec>);
+        Some(SpillConfig {
+            directory: directory.join(STORAGE),
+            target,
+            crowded: target.saturating_add((limit as f64 * SLACK) as u64),
+            files: self.max_spill,
+            codec,
+        })
+    }
+}
+
+/// Compresses the frames of spilled results as those of messages.
+#[derive(Debug)]
+struct Frames(Compression);
+
+impl Codec for Frames {
+    fn compress(&self, frame: &[u8]) -> Option<Bytes> {
+        wire::compress::maybe_compress(frame, self.0)
+    }
+
+    fn decompress(&self, frame: &Bytes, len: u64) -> Option<Bytes> {
+        wire::compress::decompress(frame, self.0, len).ok()
+    }
 }
 
 /// What to do about the memory in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+enum Verdict {
     /// Nothing.
     Fine,
     /// Start no new tasks. Percent of the limit in use.
@@ -30,23 +102,39 @@ pub(super) enum Verdict {
     Terminate { percent: u64 },
 }
 
-/// The thresholds in bytes.
-#[derive(Clone, Copy, Debug)]
+/// The thresholds, and what was seen last.
+#[derive(Debug)]
 pub(super) struct Pressure {
     limit: Option<u64>,
     config: MemoryConfig,
+    /// Bytes used and bytes of results in shared memory, and when that was.
+    seen: Option<(u64, u64, Instant)>,
+    /// Looks since a task ran or memory was tight.
+    idle_looks: u32,
+    complained: Option<Instant>,
+    killed: Option<Instant>,
 }
 
 impl Pressure {
     /// Thresholds for a limit in bytes; without one there is no pressure.
     pub(super) fn new(config: MemoryConfig, limit: Option<u64>) -> Self {
-        Pressure { limit: limit.filter(|limit| *limit > 0), config }
+        let limit = limit.filter(|limit| *limit > 0);
+        Pressure { limit, config, seen: None, idle_looks: 0, complained: None, killed: None }
+    }
+
+    /// Whether the memory in use can lead to anything.
+    pub(super) fn is_on(&self) -> bool {
+        let MemoryConfig { spill, pause, terminate, .. } = self.config;
+        self.limit.is_some() && (spill.is_some() || pause.is_some() || terminate.is_some())
+    }
+
+    fn share(&self, memory: u64) -> f64 {
+        self.limit.map_or(0.0, |limit| memory as f64 / limit as f64)
     }
 
     /// What `memory` bytes in use mean for a worker in `status`.
-    pub(super) fn judge(&self, memory: u64, status: Status) -> Verdict {
-        let Some(limit) = self.limit else { return Verdict::Fine };
-        let share = memory as f64 / limit as f64;
+    fn judge(&self, memory: u64, status: Status) -> Verdict {
+        let share = self.share(memory);
         let percent = (share * 100.0) as u64;
         let above = |threshold: Option<f64>| threshold.is_some_and(|threshold| share > threshold);
         if above(self.config.terminate) {
@@ -58,23 +146,197 @@ impl Pressure {
             _ => Verdict::Fine,
         }
     }
+
+    /// Bytes to be spilled when `memory` bytes are in use: once that is above `spill`, down to `target`.
+    fn excess(&self, memory: u64) -> Option<u64> {
+        let (limit, spill) = (self.limit?, self.config.spill?);
+        let goal = limit as f64 * self.config.target.unwrap_or(spill);
+        (self.share(memory) > spill).then(|| memory.saturating_sub(goal as u64))
+    }
+
+    /// Whether an estimate of the memory in use comes near enough to a threshold to be replaced by a measurement.
+    fn is_close(&self, memory: u64) -> bool {
+        let MemoryConfig { spill, pause, terminate, .. } = self.config;
+        let lowest = [spill, pause, terminate].into_iter().flatten().fold(f64::INFINITY, f64::min);
+        self.share(memory) > lowest
+    }
+
+    /// Whether runners that have grown should give their memory back.
+    fn is_tight(&self, memory: u64) -> bool {
+        let threshold = self.config.target.or(self.config.spill).or(self.config.pause);
+        threshold.is_some_and(|threshold| self.share(memory) > threshold)
+    }
+
+    /// Bytes by which a runner may have grown.
+    fn growth(&self) -> u64 {
+        self.limit.map_or(u64::MAX, |limit| GROWTH_MIN.max((limit as f64 * GROWTH) as u64))
+    }
+
+    /// Whether results in shared memory have grown so much since the last look that another one is due.
+    fn is_due(&self, shared: u64) -> bool {
+        let Some((used, then, at)) = self.seen else { return true };
+        self.is_close(used + shared.saturating_sub(then)) && at.elapsed() >= LOOKS
+    }
+
+    /// Whether to complain about memory that cannot be spilled.
+    fn complains(&mut self) -> bool {
+        if self.complained.is_some_and(|last| last.elapsed() < UNMANAGED_COMPLAINTS) {
+            return false;
+        }
+        self.complained = Some(Instant::now());
+        true
+    }
 }
 
-/// The process of these that uses most memory, and how many bytes.
-pub(super) fn largest(processes: Vec<(u32, Key)>) -> Option<(u32, Key, u64)> {
-    let pids: Vec<Pid> = processes.iter().map(|(pid, _)| Pid::from_u32(*pid)).collect();
-    let mut system = System::new().ok()?;
-    let what = ProcessRefreshKind::nothing().with_memory();
-    system.refresh_processes_specifics(ProcessesToUpdate::Some(&pids), true, what);
-    let used = |pid| system.process(Pid::from_u32(pid)).map_or(0, |process| process.memory());
-    processes.into_iter().map(|(pid, key)| (pid, key, used(pid))).max_by_key(|(.., bytes)| *bytes)
+impl Driver {
+    /// Time between two looks at the memory in use.
+    pub(super) fn memory_interval(&self) -> Duration {
+        self.shared.config.memory.interval.max(Duration::from_millis(1))
+    }
+
+    /// Whether the memory in use is expected to change.
+    pub(super) fn watches_memory(&self) -> bool {
+        self.pressure.is_on() && (!self.running.is_empty() || self.pressure.idle_looks < IDLE_LOOKS)
+    }
+
+    /// Something was put into the store.
+    pub(super) fn stored(&mut self) {
+        if !self.pressure.is_on() {
+            return;
+        }
+        if self.shared.store.is_crowded() {
+            self.recall_all();
+        }
+        self.pressure.idle_looks = 0;
+        if self.pressure.is_due(self.shared.store.usage().shared_memory()) {
+            self.look_at_memory();
+        }
+    }
+
+    /// Looks at the memory in use, and does what follows from it.
+    pub(super) fn look_at_memory(&mut self) {
+        if !self.pressure.is_on() {
+            return;
+        }
+        let processes = self.pool.processes();
+        let pids: Vec<u32> = processes.iter().map(|process| process.pid).collect();
+        let shared = self.shared.store.usage().shared_memory();
+        let used = {
+            let mut monitor = self.shared.monitor();
+            let estimate = monitor.memory(&pids, shared, false);
+            if self.pressure.is_close(estimate) { monitor.memory(&pids, shared, true) } else { estimate }
+        };
+        self.pressure.seen = Some((used, shared, Instant::now()));
+        let is_tight = self.pressure.is_tight(used);
+        let busy = !self.running.is_empty() || is_tight || self.shared.status() == Status::Paused;
+        self.pressure.idle_looks = if busy { 0 } else { self.pressure.idle_looks + 1 };
+        self.pause_or_resume(used, &processes);
+        if let Some(excess) = self.pressure.excess(used)
+            && !self.shared.store.relieve(excess)
+            && self.pressure.complains()
+        {
+            warn!(
+                target: MEMORY,
+                "Unmanaged memory use is high. This may indicate a memory leak or the memory may not be released to the OS; see https://distributed.dask.org/en/latest/worker-memory.html#memory-not-released-back-to-the-os for more information. -- Unmanaged memory: {} -- Worker memory limit: {}",
+                format_bytes(used),
+                self.limit_text(),
+            );
+        }
+        if is_tight {
+            self.replace_grown(&processes);
+        }
+    }
+
+    fn limit_text(&self) -> String {
+        self.shared.config.memory_limit.map_or_else(|| "None".into(), format_bytes)
+    }
+
+    fn pause_or_resume(&mut self, used: u64, processes: &[Process]) {
+        let status = self.shared.status();
+        match self.pressure.judge(used, status) {
+            Verdict::Fine => {}
+            Verdict::Pause { percent } => self.pause(percent, used),
+            Verdict::Resume { percent } => {
+                warn!(
+                    target: MEMORY,
+                    "Worker is at {percent}% memory usage. Resuming worker. Process memory: {} -- Worker memory limit: {}",
+                    format_bytes(used),
+                    self.limit_text(),
+                );
+                self.set_status(Status::Running, &self.own_id.clone());
+            }
+            Verdict::Terminate { percent } => {
+                if status == Status::Running {
+                    self.pause(percent, used);
+                }
+                self.kill_largest(percent, used, processes);
+            }
+        }
+    }
+
+    fn pause(&mut self, percent: u64, used: u64) {
+        warn!(
+            target: MEMORY,
+            "Worker is at {percent}% memory usage. Pausing worker.  Process memory: {} -- Worker memory limit: {}",
+            format_bytes(used),
+            self.limit_text(),
+        );
+        self.set_status(Status::Paused, &self.own_id.clone());
+    }
+
+    /// Ends the task that uses most memory.
+    fn kill_largest(&mut self, percent: u64, used: u64, processes: &[Process]) {
+        if self.pressure.killed.is_some_and(|last| last.elapsed() < KILLS) {
+            return;
+        }
+        let limit = self.shared.config.memory_limit.unwrap_or(used);
+        let monitor = self.shared.monitor();
+        let busy = processes.iter().filter_map(|process| Some((process.pid, process.key.as_ref()?)));
+        let sized = busy.map(|(pid, key)| (pid, key, monitor.private(pid)));
+        if let Some((pid, key, peak)) = sized.max_by_key(|(.., bytes)| *bytes) {
+            warn!(target: NANNY_MEMORY, "Worker exceeded {percent}% memory budget. Killing runner {pid}, which runs {key}.");
+            self.pool.kill_out_of_memory(key, peak, limit);
+            self.pressure.killed = Some(Instant::now());
+        }
+    }
+
+    /// Replaces idle runners that hold much more memory than they began with.
+    fn replace_grown(&self, processes: &[Process]) {
+        let monitor = self.shared.monitor();
+        let of = |kind| move |process: &&Process| process.kind == kind;
+        // what a runner had when it was forked
+        let start =
+            processes.iter().find(of(ProcessKind::Zygote)).map_or(0, |zygote| monitor.private(zygote.pid));
+        for process in processes.iter().filter(of(ProcessKind::Runner)).filter(|runner| runner.key.is_none())
+        {
+            let grown = monitor.private(process.pid).saturating_sub(start);
+            if grown > self.pressure.growth() && self.pool.replace(process.pid) {
+                tracing::info!(
+                    "memory is tight: runner {}, which has grown by {}, is replaced",
+                    process.pid,
+                    format_bytes(grown),
+                );
+            }
+        }
+    }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
-    const CONFIG: MemoryConfig = MemoryConfig { pause: Some(0.8), terminate: Some(0.95) };
+    const CONFIG: MemoryConfig = MemoryConfig {
+        target: Some(0.6),
+        spill: Some(0.7),
+        pause: Some(0.8),
+        terminate: Some(0.95),
+        interval: Duration::from_millis(100),
+        max_spill: None,
+        spill_compression: Compression::None,
+    };
+    const OFF: MemoryConfig =
+        MemoryConfig { target: None, spill: None, pause: None, terminate: None, ..CONFIG };
 
     #[test]
     fn pauses_resumes_and_terminates_at_the_thresholds() {
@@ -87,10 +349,51 @@ mod tests {
     }
 
     #[test]
+    fn spills_from_one_threshold_down_to_the_other() {
+        let pressure = Pressure::new(CONFIG, Some(1000));
+        assert_eq!(pressure.excess(700), None);
+        assert_eq!(pressure.excess(710), Some(110));
+        let no_target = Pressure::new(MemoryConfig { target: None, ..CONFIG }, Some(1000));
+        assert_eq!(no_target.excess(710), Some(10));
+        let no_spill = Pressure::new(MemoryConfig { spill: None, ..CONFIG }, Some(1000));
+        assert_eq!(no_spill.excess(999), None);
+    }
+
+    #[test]
     fn no_limit_and_no_threshold_mean_no_pressure() {
-        assert_eq!(Pressure::new(CONFIG, None).judge(u64::MAX, Status::Running), Verdict::Fine);
-        assert_eq!(Pressure::new(CONFIG, Some(0)).judge(1, Status::Running), Verdict::Fine);
-        let off = MemoryConfig::default();
-        assert_eq!(Pressure::new(off, Some(1)).judge(99, Status::Paused), Verdict::Fine);
+        for (config, limit) in [(CONFIG, None), (CONFIG, Some(0)), (OFF, Some(1))] {
+            let pressure = Pressure::new(config, limit);
+            assert!(!pressure.is_on());
+            assert_eq!(pressure.judge(u64::MAX, Status::Running), Verdict::Fine);
+            assert!(pressure.excess(u64::MAX).is_none() && config.spilling(limit, Path::new("/")).is_none());
+        }
+    }
+
+    #[test]
+    fn the_store_is_told_bytes() {
+        let spilling = |config: MemoryConfig| config.spilling(Some(1000), Path::new("/scratch")).unwrap();
+        let config = spilling(CONFIG);
+        assert_eq!((config.target, config.crowded, config.files), (600, 700, None));
+        assert_eq!(config.directory, Path::new("/scratch/storage"));
+        assert!(config.codec.is_none());
+        let config = spilling(MemoryConfig { target: None, max_spill: Some(7), ..CONFIG });
+        assert_eq!((config.target, config.crowded, config.files), (u64::MAX, u64::MAX, Some(7)));
+        let config = spilling(MemoryConfig { spill_compression: Compression::Lz4, ..CONFIG });
+        let (codec, frame) = (config.codec.unwrap(), vec![7; 100_000]);
+        let compressed = codec.compress(&frame).unwrap();
+        assert!(compressed.len() < 10_000);
+        assert_eq!(codec.decompress(&compressed, 100_000).unwrap(), frame);
+        assert!(codec.decompress(&compressed, 99_999).is_none());
+    }
+
+    #[test]
+    fn new_results_lead_to_a_look_only_when_they_might_matter() {
+        let mut pressure = Pressure::new(CONFIG, Some(1000));
+        assert!(pressure.is_due(0));
+        let before = Instant::now().checked_sub(LOOKS).unwrap();
+        pressure.seen = Some((500, 100, before));
+        assert!(!pressure.is_due(250) && pressure.is_due(301));
+        pressure.seen = Some((500, 100, Instant::now() + LOOKS));
+        assert!(!pressure.is_due(301));
     }
 }

@@ -14,6 +14,7 @@ mod nanny;
 mod report;
 mod requests;
 mod shared;
+mod spill;
 mod worker;
 
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::proto::Address;
-use crate::{exec, net, peer, scheduler, state, store, telemetry};
+use crate::{exec, net, peer, scheduler, state, telemetry};
 
 pub use ahead::DEPTH_MAX as PREFETCH;
 pub use memory::MemoryConfig;
@@ -61,7 +62,7 @@ pub struct Config {
     pub dashboard: Option<telemetry::http::Config>,
     /// Bytes the worker may use; `None` without memory management.
     pub memory_limit: Option<u64>,
-    /// Thresholds of that limit.
+    /// Thresholds of that limit, and what is done about them.
     pub memory: MemoryConfig,
     /// Scratch directory of this worker; it exists.
     pub local_directory: PathBuf,
@@ -148,7 +149,4 @@ pub enum Error {
         /// What it wrote last.
         text: String,
     },
-    /// There is no shared memory.
-    #[error("could not hold a result")]
-    Store(#[from] store::Error),
 }

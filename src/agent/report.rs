@@ -10,7 +10,7 @@ use super::shared::Shared;
 use crate::proto::Key;
 use crate::scheduler::{Bandwidth, Beat, Digests, Metrics, Transfers, now};
 use crate::state::StateName;
-use crate::telemetry::{MemoryLabel, StateLabel};
+use crate::telemetry::{ActivityLabel, MemoryLabel, StateLabel};
 
 /// Seconds that tasks took since the last heartbeat, by prefix and span.
 #[derive(Debug, Default)]
@@ -46,13 +46,14 @@ impl Executed {
 /// Metrics of a worker without tasks, for its registration.
 pub(super) fn at_rest(shared: &Shared) -> Metrics {
     let outgoing = shared.transfers.outgoing();
+    let spilled = shared.store.usage().spilled;
     Metrics {
         task_counts: Vec::new(),
         bandwidth: Bandwidth::new(shared.config.bandwidth),
         digests: Digests::default(),
         managed_bytes: 0,
-        spilled_memory: 0,
-        spilled_disk: 0,
+        spilled_memory: spilled.memory,
+        spilled_disk: spilled.disk,
         transfer: Transfers {
             outgoing_bytes: outgoing.bytes,
             outgoing_count: outgoing.count,
@@ -105,18 +106,40 @@ impl Driver {
     /// Brings `/metrics` up to date.
     pub(super) fn tell_metrics(&self, processes: usize) {
         let metrics = &self.shared.metrics;
+        let store = self.shared.store.usage();
         let counts = self.state.task_counts();
+        let on_disk = store.spilled.count as u64;
         for state in StateName::ALL {
-            let count = counts.iter().find(|(name, _)| *name == state).map_or(0, |(_, count)| *count);
+            let mut count = counts.iter().find(|(name, _)| *name == state).map_or(0, |(_, count)| *count);
+            if state == StateName::Memory {
+                count = count.saturating_sub(on_disk);
+            }
             metrics.tasks.get_or_create(&StateLabel { state: state.as_str() }).set(count);
         }
+        metrics.tasks.get_or_create(&StateLabel { state: "disk" }).set(on_disk);
         metrics.threads.set(self.state.config().nthreads as u64);
         metrics.runners.set(processes as u64);
-        let managed = self.state.nbytes();
         let used = self.shared.monitor().usage().memory;
+        let managed = self.state.nbytes().saturating_sub(store.spilled.memory).min(used);
         let memory = |part| metrics.memory.get_or_create(&MemoryLabel { r#type: part });
         memory("managed").set(managed);
-        memory("unmanaged").set(used.saturating_sub(managed));
+        memory("unmanaged").set(used - managed);
+        memory("spilled").set(store.spilled.disk);
+        metrics.spill_files.set(store.files);
+        let activities = [
+            ("memory-read", store.memory_read),
+            ("disk-read", store.disk_read),
+            ("disk-write", store.disk_write),
+        ];
+        for (activity, done) in activities.into_iter().filter(|(_, done)| done.count > 0) {
+            let label = ActivityLabel { activity };
+            metrics.spill_count.get_or_create(&label).inner().store(done.count, Relaxed);
+            metrics.spill_bytes.get_or_create(&label).inner().store(done.bytes, Relaxed);
+            // nothing times what is in memory already
+            if done.seconds > 0.0 {
+                metrics.spill_time.get_or_create(&label).inner().store(done.seconds.to_bits(), Relaxed);
+            }
+        }
         metrics.transfer_incoming_bytes.set(self.state.transfer_incoming_bytes());
         metrics.transfer_incoming_count.set(self.state.transfer_incoming_count() as u64);
         let total = self.state.transfer_incoming_count_total();

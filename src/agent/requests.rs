@@ -47,6 +47,7 @@ impl Driver {
                     self.shared.store.insert(key.clone(), object);
                     stored.push((key, facts));
                 }
+                self.stored();
                 self.apply(stimulus_id, EventKind::UpdateData { data: stored });
                 answer(done, ());
             }

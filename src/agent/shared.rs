@@ -52,7 +52,7 @@ impl Shared {
     pub(super) fn new(parts: Parts) -> Self {
         let Parts { config, identity, scheduler, peers, recent, metrics, pulse, commands } = parts;
         Shared {
-            store: Store::new(),
+            store: Store::new(config.memory.spilling(config.memory_limit, &config.local_directory)),
             transfers: Transfers::new(config.transfer_log_length),
             monitor: Mutex::new(SystemMonitor::new(&config.monitor)),
             current: Mutex::new(Current { status: Status::Init, identity: Arc::new(identity), pool: None }),

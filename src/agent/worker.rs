@@ -32,7 +32,7 @@ struct Worker {
     commands: mpsc::UnboundedReceiver<Command>,
     stop: StopSignal,
     nanny: Option<Address>,
-    /// Dropped, they close their listeners and connections.
+    /// Dropped, they close their listeners and connections, and spill no more.
     _servers: JoinSet<()>,
     _http: Option<telemetry::http::Server>,
 }
@@ -124,6 +124,7 @@ impl Worker {
         let parts = Parts { config, identity, scheduler, peers, recent, metrics, pulse, commands: sender };
         let shared = Arc::new(Shared::new(parts));
         let mut servers = JoinSet::new();
+        servers.spawn(shared.store.clone().keep_spilling());
         servers.spawn(peer::serve(listener, Arc::new(server(&shared, address))));
         if let Some(listener) = nanny {
             let id = format!("Nanny-{}", Uuid::new_v4()).into();

@@ -38,10 +38,15 @@ impl Settings {
             nanny: self.nanny.then(|| listen(&worker.nanny_ports)),
             dashboard: self.dashboard.clone(),
             memory_limit: worker.memory_limit,
-            // ending processes is a nanny's business
             memory: MemoryConfig {
+                target: self.memory.target,
+                spill: self.memory.spill,
                 pause: self.memory.pause,
+                // ending processes is a nanny's business
                 terminate: self.memory.terminate.filter(|_| self.nanny),
+                interval: self.memory.monitor_interval,
+                max_spill: self.memory.max_spill,
+                spill_compression: self.memory.spill_compression,
             },
             lifetime: self
                 .lifetime

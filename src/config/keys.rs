@@ -83,6 +83,7 @@ pub const SETTINGS: &[Setting] = &[
     shared("memory.pause", &["distributed.worker.memory.pause"]),
     shared("memory.terminate", &["distributed.worker.memory.terminate"]),
     shared("memory.max-spill", &["distributed.worker.memory.max-spill"]),
+    shared("memory.spill-compression", &["distributed.worker.memory.spill-compression"]),
     shared("memory.monitor-interval", &["distributed.worker.memory.monitor-interval"]),
     shared("transfer.incoming-connections", &["distributed.worker.connections.incoming"]),
     shared("transfer.outgoing-connections", &["distributed.worker.connections.outgoing"]),

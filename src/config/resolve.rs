@@ -48,7 +48,6 @@ pub fn resolve(
 ) -> Result<Settings, Error> {
     sources.refuse_unsupported()?;
     refuse_modes(sources)?;
-    remark_on_spilling(sources, remarks);
     let nanny = sources.read("nanny", boolean)?.unwrap_or(true);
     let addresses = addresses::read(sources)?;
     let workers = workers(sources, machine, nanny, &addresses, remarks)?;
@@ -231,6 +230,7 @@ fn memory(sources: &Sources) -> Result<Memory, Error> {
         other => bytes(other).map(Some),
     };
     let interval = sources.read("memory.monitor-interval", duration(Unit::Required))?;
+    let spill_compression = sources.read("memory.spill-compression", compression)?;
     Ok(Memory {
         transfer: fraction("memory.transfer", 0.10)?,
         target: fraction("memory.target", 0.60)?,
@@ -238,23 +238,10 @@ fn memory(sources: &Sources) -> Result<Memory, Error> {
         pause: fraction("memory.pause", 0.80)?,
         terminate: fraction("memory.terminate", 0.95)?,
         max_spill: sources.read("memory.max-spill", limit)?.flatten(),
+        // as `auto`
+        spill_compression: spill_compression.unwrap_or(Compression::Lz4),
         monitor_interval: interval.unwrap_or(Duration::from_millis(100)),
     })
-}
-
-/// Says which memory settings somebody made that nothing heeds yet.
-fn remark_on_spilling(sources: &Sources, remarks: &mut Vec<String>) {
-    if let Some(found) = sources.find("memory.monitor-interval") {
-        let place = found.place();
-        remarks
-            .push(format!("{place} has no effect yet: memory is looked at each time the system is sampled"));
-    }
-    for name in ["memory.target", "memory.spill", "memory.max-spill"] {
-        if let Some(found) = sources.find(name).filter(|found| found.node.value != Value::Bool(false)) {
-            let place = found.place();
-            remarks.push(format!("{place} has no effect yet: spilling results to disk comes later"));
-        }
-    }
 }
 
 fn attempts(sources: &Sources) -> Result<u32, Error> {
@@ -277,11 +264,6 @@ fn comm(sources: &Sources) -> Result<Comm, Error> {
         read.map(|read| read.unwrap_or(Duration::from_secs(default)))
     };
     let small = |value: &Value| u32::try_from(count(0)(value)?).map_err(|_| "too large a number".to_owned());
-    let compression = |value: &Value| match value {
-        Value::Bool(false) => Ok(Compression::None),
-        other => Compression::from_name(&text(other)?)
-            .ok_or_else(|| "expected false, auto, lz4, snappy, zlib or zstd".to_owned()),
-    };
     Ok(Comm {
         compression: sources.read("comm.compression", compression)?.unwrap_or_default(),
         connect_timeout: seconds("comm.connect-timeout", 30)?,
@@ -290,6 +272,14 @@ fn comm(sources: &Sources) -> Result<Comm, Error> {
         retry_count: sources.read("comm.retry-count", small)?.unwrap_or(0),
         retry_delay: (seconds("comm.retry-delay-min", 1)?, seconds("comm.retry-delay-max", 20)?),
     })
+}
+
+fn compression(value: &Value) -> Result<Compression, String> {
+    match value {
+        Value::Bool(false) => Ok(Compression::None),
+        other => Compression::from_name(&text(other)?)
+            .ok_or_else(|| "expected false, auto, lz4, snappy, zlib or zstd".to_owned()),
+    }
 }
 
 fn tuning(sources: &Sources) -> Result<Tuning, Error> {

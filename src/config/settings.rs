@@ -108,6 +108,8 @@ pub struct Memory {
     pub terminate: Option<f64>,
     /// Bytes that may be spilled; `None` without a limit.
     pub max_spill: Option<u64>,
+    /// How spilled results are compressed.
+    pub spill_compression: Compression,
     /// Time between two checks.
     pub monitor_interval: Duration,
 }

@@ -219,6 +219,15 @@ impl State {
         }
     }
 
+    /// Lets the idle runner `pid` end.
+    pub(super) fn replace(&mut self, pid: u32) -> bool {
+        let is = |id: &u64| self.runners.get(id).is_some_and(|runner| runner.pid == Some(pid));
+        let Some(at) = self.idle.iter().position(is) else { return false };
+        let id = self.idle.remove(at);
+        self.retire(id);
+        true
+    }
+
     /// Lets all runners end that have nothing to do.
     pub(super) fn retire_idle(&mut self) {
         for id in std::mem::take(&mut self.idle) {

@@ -178,6 +178,11 @@ impl Pool {
         self.0.state().kill_running(key, Cause::OutOfMemory { limit, peak })
     }
 
+    /// Lets an idle runner end, to be replaced by a fresh one when there is work. False when it is not idle.
+    pub fn replace(&self, pid: u32) -> bool {
+        self.0.state().replace(pid)
+    }
+
     /// Jobs that can be prefetched now.
     pub fn prefetch_room(&self) -> usize {
         self.0.state().prefetch_room(self.0.config.prefetch)

@@ -2,6 +2,7 @@
 
 use nix::sys::signal::Signal;
 
+use crate::telemetry::format_bytes;
 use crate::wire::payload::Exception;
 
 /// Why a runner ended.
@@ -61,7 +62,12 @@ impl std::fmt::Display for Cause {
                 Err(_) => write!(f, "was killed by signal {number}"),
             },
             Cause::OutOfMemory { limit, peak } => {
-                write!(f, "ran out of memory: it used {}, the limit is {}", bytes(*peak), bytes(*limit))
+                write!(
+                    f,
+                    "ran out of memory: it used {}, the limit is {}",
+                    format_bytes(*peak),
+                    format_bytes(*limit)
+                )
             }
             Cause::Cancelled => f.write_str("was killed because its task was cancelled"),
             Cause::Nonsense { text } => write!(f, "broke the protocol ({text})"),
@@ -84,19 +90,6 @@ pub(super) fn exception(task: &str, cause: &Cause, attempts: u32, tail: &str) ->
     Exception::builtin(name, text)
 }
 
-/// A size as `dask.utils.format_bytes` writes it.
-fn bytes(count: u64) -> String {
-    const UNITS: [(&str, u64); 5] =
-        [("Pi", 1 << 50), ("Ti", 1 << 40), ("Gi", 1 << 30), ("Mi", 1 << 20), ("ki", 1 << 10)];
-    for (prefix, size) in UNITS {
-        // Dask changes the unit at 0.9
-        if count as f64 >= size as f64 * 0.9 {
-            return format!("{:.2} {prefix}B", count as f64 / size as f64);
-        }
-    }
-    format!("{count} B")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,12 +105,5 @@ mod tests {
         let cause = Cause::OutOfMemory { limit: 1 << 30, peak: 3 << 29 };
         let text = exception("'x'", &cause, 1, "").text();
         assert!(text.starts_with("MemoryError(") && text.contains("1.50 GiB") && text.contains("1.00 GiB"));
-    }
-
-    #[test]
-    fn sizes_read_as_in_dask() {
-        assert_eq!(bytes(5), "5 B");
-        assert_eq!(bytes(1000), "0.98 kiB");
-        assert_eq!(bytes(1 << 33), "8.00 GiB");
     }
 }

@@ -12,7 +12,12 @@ use super::transfers::now;
 use super::{Backend, Failure, Peer};
 use crate::net::Connection;
 use crate::proto::{Key, Payload, Status, Value};
+use crate::store::{self, Lookup};
+use crate::telemetry;
 use crate::wire::payload::Exception;
+
+/// What is to be sent, and its sizes.
+type Collected = (Vec<(Key, Payload)>, Vec<(Key, u64)>);
 
 impl<B: Backend> Peer<B> {
     /// Sends what there is of the asked keys and waits for the receiver's "OK"; says `busy` when too many others are
@@ -29,7 +34,7 @@ impl<B: Backend> Peer<B> {
             debug!("too many transfers under way to serve {who:?}");
             return Ok(Reply::Value(Value::map([("status", "busy".into())])));
         };
-        let (data, sizes) = self.collect(keys).await;
+        let (data, sizes) = self.collect(keys).await?;
         outgoing.carries(sizes);
         let items = data.into_iter().map(|(key, payload)| (Value::from(&key), payload.into())).collect();
         let message = Value::map([("status", "OK".into()), ("data", Value::Map(items))]);
@@ -70,14 +75,21 @@ impl<B: Backend> Peer<B> {
     }
 
     /// What there is of the keys, and the sizes of it; actors are their handles, of no size.
-    async fn collect(&self, keys: Vec<Key>) -> (Vec<(Key, Payload)>, Vec<(Key, u64)>) {
+    ///
+    /// What was spilled is read back, which may take seconds.
+    async fn collect(&self, keys: Vec<Key>) -> Result<Collected, Failure> {
         let mut seen = HashSet::new();
         let (mut data, mut sizes, mut missing) = (Vec::new(), Vec::new(), Vec::new());
         for key in keys {
             if !seen.insert(key.clone()) {
                 continue;
             }
-            match self.store.get(&key) {
+            let read = match self.store.find(&key) {
+                Lookup::Here(object) => Some(object),
+                Lookup::OnDisk => self.store.load(&key).await.map_err(unreadable)?,
+                Lookup::Nowhere => None,
+            };
+            match read {
                 Some(object) => {
                     sizes.push((key.clone(), object.nbytes()));
                     data.push((key, object.to_payload()));
@@ -88,6 +100,10 @@ impl<B: Backend> Peer<B> {
         if !missing.is_empty() {
             data.extend(self.backend.actors(missing).await);
         }
-        (data, sizes)
+        Ok((data, sizes))
     }
+}
+
+fn unreadable(error: store::Error) -> Failure {
+    Exception::builtin("OSError", telemetry::chain(&error)).into()
 }

@@ -155,6 +155,17 @@ impl SystemMonitor {
         }
     }
 
+    /// Bytes that this worker uses now, without taking a sample; for `children` and `unmapped` see
+    /// [`SystemMonitor::update`]. An estimate that costs little, or `exact`.
+    pub fn memory(&mut self, children: &[u32], unmapped: u64, exact: bool) -> u64 {
+        self.processes.memory(children, exact) + unmapped
+    }
+
+    /// Bytes of one of these processes that no file or shared memory stands behind, at the last look at it.
+    pub fn private(&self, pid: u32) -> u64 {
+        self.processes.private(pid)
+    }
+
     /// CPU and memory of this worker at the last sample.
     pub fn usage(&self) -> ProcessUsage {
         self.usage

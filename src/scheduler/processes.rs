@@ -1,37 +1,49 @@
 //! CPU time and memory of the daemon and its children, sampled cheaply.
 //!
-//! `sysinfo` gives CPU time and resident size; the proportional size (PSS), which does not count what forked runners share
+//! `sysinfo` gives CPU time, `statm` the private size; the proportional size (PSS), which does not count what forked runners share
 //! several times over, comes from /proc and is dear, so it is read only for processes that moved, and not often.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use sysinfo::{Pid, Process, ProcessRefreshKind, ProcessesToUpdate, System};
+use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
-/// Time between two readings of one process's PSS, at least.
+/// Time between two readings of one process's PSS, at least: usually, and where the exact size is asked for.
 const PSS_INTERVAL: Duration = Duration::from_secs(2);
+const PSS_INTERVAL_EXACT: Duration = Duration::from_millis(50);
 
 /// A PSS reading may take this part of the time until the next one.
 const PSS_SHARE: u32 = 500;
+const PSS_SHARE_EXACT: u32 = 20;
 
 /// What one process was seen with last.
 #[derive(Debug)]
 struct Seen {
-    /// CPU time since its start, in milliseconds.
-    cpu: u64,
-    /// Resident bytes and proportional bytes, read together.
-    measured: Option<(u64, u64)>,
-    /// CPU time at that reading; what no process has when it must be read again.
-    measured_cpu: u64,
-    due: Instant,
+    /// CPU time since its start, in milliseconds; none before its first sample.
+    cpu: Option<u64>,
+    /// Private bytes now.
+    private: u64,
+    measured: Option<Measured>,
+}
+
+/// A reading of a process's PSS.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    /// Private bytes then, and proportional bytes.
+    private: u64,
+    proportional: u64,
+    /// CPU time then; none when it must be read again.
+    cpu: Option<u64>,
+    at: Instant,
+    took: Duration,
 }
 
 /// The processes that count as this worker.
 #[derive(Debug)]
 pub(super) struct Processes {
     system: Option<System>,
-    own: Pid,
-    seen: HashMap<Pid, Seen>,
+    own: u32,
+    seen: HashMap<u32, Seen>,
 }
 
 /// One sample of all of them.
@@ -46,62 +58,88 @@ pub(super) struct Usage {
 impl Processes {
     pub(super) fn new() -> Self {
         let system = System::new().inspect_err(|error| {
-            tracing::warn!(%error, "CPU and memory of this worker cannot be measured");
+            tracing::warn!(%error, "CPU time of this worker cannot be measured");
         });
-        Processes { system: system.ok(), own: Pid::from_u32(std::process::id()), seen: HashMap::new() }
+        Processes { system: system.ok(), own: std::process::id(), seen: HashMap::new() }
     }
 
     /// Samples this process and `children`. One that is new or gone since the last sample adds no CPU time.
     pub(super) fn sample(&mut self, children: &[u32]) -> Usage {
-        let Some(system) = &mut self.system else { return Usage::default() };
-        let mut pids = Vec::with_capacity(children.len() + 1);
-        pids.push(self.own);
-        pids.extend(children.iter().map(|pid| Pid::from_u32(*pid)));
-        let what = ProcessRefreshKind::nothing().with_cpu().with_memory().without_tasks();
-        system.refresh_processes_specifics(ProcessesToUpdate::Some(&pids), true, what);
-        if pids.len() != self.seen.len() || !pids.iter().all(|pid| self.seen.contains_key(pid)) {
-            // who is gone, or new, changes how much of their memory the others share
-            self.seen.retain(|pid, _| pids.contains(pid));
-            self.seen.values_mut().for_each(|seen| seen.measured_cpu = u64::MAX);
-        }
+        Usage { cpu: self.cpu(children), memory: self.memory(children, false) }
+    }
 
-        let mut total = Usage::default();
+    fn cpu(&mut self, children: &[u32]) -> Duration {
+        let Some(system) = &mut self.system else { return Duration::ZERO };
+        let pids: Vec<Pid> =
+            std::iter::once(&self.own).chain(children).map(|pid| Pid::from_u32(*pid)).collect();
+        let what = ProcessRefreshKind::nothing().with_cpu().without_tasks();
+        system.refresh_processes_specifics(ProcessesToUpdate::Some(&pids), true, what);
+        let mut total = Duration::ZERO;
         for (pid, process) in pids.iter().filter_map(|pid| Some((*pid, system.process(*pid)?))) {
             let cpu = process.accumulated_cpu_time();
-            let seen = self.seen.entry(pid).or_insert_with(|| Seen::new(cpu));
-            total.cpu += Duration::from_millis(cpu.saturating_sub(seen.cpu));
-            seen.cpu = cpu;
-            total.memory += seen.memory(process, Instant::now());
+            let seen = self.seen.entry(pid.as_u32()).or_insert_with(Seen::new);
+            let before = seen.cpu.replace(cpu).unwrap_or(cpu);
+            total += Duration::from_millis(cpu.saturating_sub(before));
         }
         total
+    }
+
+    /// Bytes that this process and `children` use, shared memory left out: that is the store's, which counts it itself.
+    /// An estimate, unless it is to be `exact`.
+    pub(super) fn memory(&mut self, children: &[u32], exact: bool) -> u64 {
+        let pids = || std::iter::once(&self.own).chain(children);
+        if pids().count() != self.seen.len() || !pids().all(|pid| self.seen.contains_key(pid)) {
+            // who is gone, or new, changes how much of their memory the others share
+            self.seen.retain(|pid, _| *pid == self.own || children.contains(pid));
+            let measured = self.seen.values_mut().filter_map(|seen| seen.measured.as_mut());
+            measured.for_each(|measured| measured.cpu = None);
+        }
+        let mut total = 0;
+        for pid in std::iter::once(&self.own).chain(children) {
+            if let Some(private) = read_private(*pid) {
+                total += self.seen.entry(*pid).or_insert_with(Seen::new).memory(*pid, private, exact);
+            }
+        }
+        total
+    }
+
+    /// Bytes of a process that no file or shared memory stands behind, at the last look at it.
+    pub(super) fn private(&self, pid: u32) -> u64 {
+        self.seen.get(&pid).map_or(0, |seen| seen.private)
     }
 }
 
 impl Seen {
-    fn new(cpu: u64) -> Self {
-        Seen { cpu, measured: None, measured_cpu: 0, due: Instant::now() }
+    fn new() -> Self {
+        Seen { cpu: None, private: 0, measured: None }
     }
 
-    /// Proportional bytes: as measured, plus what the resident size has grown since.
-    fn memory(&mut self, process: &Process, now: Instant) -> u64 {
-        let resident = process.memory();
-        if let Some((then, proportional)) = self.measured {
-            let idle = self.cpu == self.measured_cpu && resident == then;
-            if idle || now < self.due {
-                return (proportional + resident).saturating_sub(then);
+    /// Proportional bytes: as measured, plus what the private size has grown since.
+    fn memory(&mut self, pid: u32, private: u64, exact: bool) -> u64 {
+        self.private = private;
+        if let Some(measured) = &self.measured {
+            let idle = measured.private == private && measured.cpu.is_some() && measured.cpu == self.cpu;
+            if idle && !exact || !measured.is_due(exact) {
+                return (measured.proportional + private).saturating_sub(measured.private);
             }
         }
-        let pid = process.pid().as_u32();
+        let at = Instant::now();
         // another user's process, or one that made itself unreadable, shows only its sizes
-        let proportional = read_pss(pid).or_else(|| read_private(pid)).unwrap_or(resident);
-        self.due = now + PSS_INTERVAL.max(now.elapsed() * PSS_SHARE);
-        self.measured = Some((resident, proportional));
-        self.measured_cpu = self.cpu;
+        let proportional = read_pss(pid).unwrap_or(private);
+        self.measured = Some(Measured { private, proportional, cpu: self.cpu, at, took: at.elapsed() });
         proportional
     }
 }
 
-/// `Pss` of /proc/PID/smaps_rollup in bytes, without shared memory: that is the store's, which counts it itself.
+impl Measured {
+    fn is_due(&self, exact: bool) -> bool {
+        let (interval, share) =
+            if exact { (PSS_INTERVAL_EXACT, PSS_SHARE_EXACT) } else { (PSS_INTERVAL, PSS_SHARE) };
+        self.at.elapsed() >= interval.max(self.took * share)
+    }
+}
+
+/// `Pss` of /proc/PID/smaps_rollup in bytes, without shared memory.
 fn read_pss(pid: u32) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let field = |name: &str| {
@@ -163,10 +201,13 @@ mod tests {
     #[test]
     fn memory_that_was_written_shows_before_the_next_full_reading() {
         let mut processes = Processes::new();
+        assert_eq!(processes.private(processes.own), 0);
         let before = processes.sample(&[]).memory;
+        let private = processes.private(processes.own);
         let grown = vec![1_u8; 64 << 20];
         let after = processes.sample(&[]).memory;
         assert!(after >= before + (48 << 20), "{before} {after}");
+        assert!(processes.private(processes.own) >= private + (48 << 20));
         assert_eq!(grown.iter().map(|b| u64::from(*b)).sum::<u64>(), 64 << 20);
     }
 

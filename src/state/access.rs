@@ -252,6 +252,13 @@ impl WorkerState {
         }
     }
 
+    /// Books a time on a task.
+    pub fn add_startstop(&mut self, key: &Key, startstop: StartStop) {
+        if let Some(id) = self.id(key) {
+            self.tasks[id].startstops.push(startstop);
+        }
+    }
+
     /// Books the time of a transfer on one of the tasks it was made for (`Worker._get_cause`).
     pub fn add_transfer(&mut self, keys: &[Key], transfer: StartStop) {
         let mut cause = None;

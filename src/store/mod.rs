@@ -1,20 +1,28 @@
-//! The machine's results by key, with exact accounting.
+//! The machine's results by key, in memory and on disk, with exact accounting.
 //!
 //! Shared between the driver, which alone inserts and removes, and the data server, which reads. Knows no task
-//! states: what must be kept is the state machine's decision.
+//! states: what must be kept is the state machine's decision. What is spilled, and when, is this room's.
 
 mod arena;
+mod contents;
 mod object;
+mod spill;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use rustc_hash::FxHashMap;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::spawn_blocking;
 
 use crate::proto::Key;
-use crate::sys;
+use crate::{sys, telemetry};
+use contents::{Contents, Found, Leaving, Step, Thresholds};
+use spill::{Files, Garbage};
 
 pub use arena::Arena;
 pub use object::{Frame, Object, Segment};
+pub use spill::Codec;
 
 /// Frames from this size on, in bytes, live in shared memory; smaller ones on the daemon's heap.
 ///
@@ -26,18 +34,22 @@ pub const SHARED_FRAME_MIN: usize = 64 * 1024;
 /// Below it the calls for a memfd and its mappings cost more than a copy.
 const MEMFD_MIN: usize = 256 * 1024;
 
+/// Files read at once.
+const READERS: usize = 4;
+/// Time between two lines of the same complaint in the log.
+const COMPLAINTS: Duration = Duration::from_secs(10);
+/// Where a stock worker logs what goes wrong with spilling.
+const SPILL: &str = "distributed.spill";
+
 /// The same where the process has no mappings or descriptors to waste.
 const CROWDED_MEMFD_MIN: usize = 16 * 1024 * 1024;
-
-/// Bytes that [`Store::tidy`] moves in one go, about: it holds its caller up.
-const MOVED_MAX: u64 = 64 * 1024 * 1024;
 
 /// Whether `bytes` in large frames should take a memfd of their own.
 pub fn is_worth_memfd(bytes: usize) -> bool {
     bytes >= CROWDED_MEMFD_MIN || (bytes >= MEMFD_MIN && !sys::memory_is_crowded())
 }
 
-/// Why an object could not be held.
+/// Why an object could not be held, spilled or read back.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No shared memory, or no descriptor for it.
@@ -47,16 +59,74 @@ pub enum Error {
         bytes: u64,
         /// What the system said.
         #[source]
-        source: crate::sys::Error,
+        source: sys::Error,
+    },
+    /// Spill files take all they may.
+    #[error("the spill files have reached their limit")]
+    NoRoom,
+    /// A spill file could not be written.
+    #[error("could not write the spill file {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A spill file could not be read.
+    #[error("could not read the spill file {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A spill file is not as it was written.
+    #[error("the spill file {} is damaged: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A spill file could not be mapped.
+    #[error("could not map a spill file")]
+    Map {
+        /// What the system said.
+        #[source]
+        source: sys::Error,
     },
 }
 
-/// What the store holds, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+impl Error {
+    /// Whether it is the file's fault, and no other try will help.
+    fn is_loss(&self) -> bool {
+        matches!(self, Error::Read { .. } | Error::Damaged { .. })
+    }
+}
+
+/// Where results are spilled, and when. Sizes are those of Dask's `sizeof`.
+#[derive(Clone, Debug)]
+pub struct SpillConfig {
+    /// Folder of the files; made when it is needed, removed by its owner.
+    pub directory: PathBuf,
+    /// Bytes of results in memory; what is beyond is spilled, oldest use first.
+    pub target: u64,
+    /// Bytes of results in memory that are more than spilling keeps up with.
+    pub crowded: u64,
+    /// Bytes that the files may take; `None` for any number.
+    pub files: Option<u64>,
+    /// How frames are compressed.
+    pub codec: Option<Arc<dyn Codec>>,
+}
+
+/// What the store holds, in bytes, and what spilling has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Usage {
     /// Objects held.
     pub count: usize,
-    /// Sum of Dask's `sizeof` of them.
+    /// Sum of Dask's `sizeof` of them, in memory or not.
     pub nbytes: u64,
     /// In shared memory.
     pub shared: u64,
@@ -64,79 +134,205 @@ pub struct Usage {
     pub waste: u64,
     /// On the daemon's heap.
     pub heap: u64,
+    /// What is on disk alone.
+    pub spilled: Spilled,
+    /// All files, those of objects that are in memory again included.
+    pub files: u64,
+    /// Objects that were in memory when they were asked for.
+    pub memory_read: Activity,
+    /// Files read.
+    pub disk_read: Activity,
+    /// Files written.
+    pub disk_write: Activity,
+}
+
+impl Usage {
+    /// Bytes of shared memory, used or not.
+    pub fn shared_memory(&self) -> u64 {
+        self.shared + self.waste
+    }
+
+    /// Sum of Dask's `sizeof` of what is in memory.
+    pub fn in_memory(&self) -> u64 {
+        self.nbytes - self.spilled.memory
+    }
+}
+
+/// What is on disk alone (`distributed/spill.py: SpilledSize`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spilled {
+    /// Objects.
+    pub count: usize,
+    /// Sum of Dask's `sizeof` of them.
+    pub memory: u64,
+    /// Bytes of their files.
+    pub disk: u64,
+}
+
+/// What was done since the start (`SpillBuffer.cumulative_metrics`).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Activity {
+    /// How often.
+    pub count: u64,
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+}
+
+/// What is under a key, without waiting for it.
+#[derive(Debug)]
+pub enum Lookup {
+    /// In memory.
+    Here(Object),
+    /// On disk: [`Store::load`] reads it.
+    OnDisk,
+    /// Not held.
+    Nowhere,
 }
 
 /// All results this worker holds. Cloning gives another handle to the same store.
 #[derive(Clone, Debug, Default)]
-pub struct Store {
-    inner: Arc<Mutex<Inner>>,
+pub struct Store(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    contents: Mutex<Contents>,
     arena: Arena,
+    files: Option<Arc<Files>>,
+    garbage: Arc<Garbage>,
+    /// Keys were lost, or there is more room.
+    changed: Notify,
+    readers: Semaphore,
 }
 
-#[derive(Debug, Default)]
-struct Inner {
-    objects: FxHashMap<Key, Object>,
-    usage: Usage,
-    /// Waste that the last tidying left, in bytes.
-    left: u64,
+impl Default for Shared {
+    fn default() -> Self {
+        Shared {
+            contents: Mutex::default(),
+            arena: Arena::new(),
+            files: None,
+            garbage: Arc::default(),
+            changed: Notify::new(),
+            readers: Semaphore::new(READERS),
+        }
+    }
 }
 
 impl Store {
-    /// An empty store.
-    pub fn new() -> Self {
-        Store::default()
+    /// An empty store. With `spill`, somebody must run [`Store::keep_spilling`].
+    pub fn new(spill: Option<SpillConfig>) -> Self {
+        let Some(SpillConfig { directory, target, crowded, files, codec }) = spill else {
+            return Store::default();
+        };
+        let thresholds = Thresholds { target, crowded, files: files.unwrap_or(u64::MAX) };
+        let garbage = Arc::<Garbage>::default();
+        Store(Arc::new(Shared {
+            contents: Mutex::new(Contents::new(Some(thresholds))),
+            files: Some(Arc::new(Files::new(directory, codec, garbage.clone()))),
+            garbage,
+            ..Shared::default()
+        }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, Contents> {
         // No code path panics while it holds the lock; were there one, the map would still be whole.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where objects to be held are placed.
     pub fn arena(&self) -> &Arena {
-        &self.arena
+        &self.0.arena
     }
 
     /// Holds `object` under `key`, in place of what was there.
     pub fn insert(&self, key: Key, object: Object) {
-        let mut inner = self.lock();
-        inner.usage.add(&object);
-        if let Some(old) = inner.objects.insert(key, object) {
-            inner.usage.subtract(&old);
+        let mut contents = self.lock();
+        let old = contents.insert(key, object);
+        let wants_room = contents.wants_room();
+        drop(contents);
+        drop(old);
+        if wants_room {
+            self.0.garbage.wake.notify_one();
         }
     }
 
-    /// The object under `key`.
-    pub fn get(&self, key: &Key) -> Option<Object> {
-        self.lock().objects.get(key).cloned()
+    /// What is under `key`. To be asked for makes it the last to be spilled.
+    pub fn find(&self, key: &Key) -> Lookup {
+        match self.lock().find(key) {
+            Found::Here(object) => Lookup::Here(object),
+            Found::OnDisk(_) => Lookup::OnDisk,
+            Found::Nowhere => Lookup::Nowhere,
+        }
     }
 
-    /// Lets go of `key`. Its memory is free when the last reader is done.
-    pub fn remove(&self, key: &Key) -> Option<Object> {
-        let mut inner = self.lock();
-        let old = inner.objects.remove(key)?;
-        inner.usage.subtract(&old);
-        Some(old)
+    /// The object under `key`, read back from disk if it is there; it counts as in memory again then, unless it is larger
+    /// than the target. `None` if it is not held, or its file is damaged: then it is lost ([`Store::take_lost`]).
+    ///
+    /// # Errors
+    /// The system has no memory or descriptor for it now.
+    pub async fn load(&self, key: &Key) -> Result<Option<Object>, Error> {
+        let file = match self.lock().find(key) {
+            Found::Here(object) => return Ok(Some(object)),
+            Found::OnDisk(file) => file,
+            Found::Nowhere => return Ok(None),
+        };
+        // nobody closes the semaphore
+        let _permit = self.0.readers.acquire().await;
+        let (task, arena) = (file.clone(), self.0.arena.clone());
+        let read = spawn_blocking(move || {
+            let start = Instant::now();
+            (task.read(&arena), start.elapsed().as_secs_f64())
+        });
+        // reading neither panics nor is it cancelled while the runtime lives, and with the runtime all ends
+        let (read, seconds) =
+            read.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        let found = match read {
+            Ok(object) => self.lock().loaded(key, &file, object, seconds),
+            Err(error) if error.is_loss() => {
+                if self.lock().damaged(key, &file) {
+                    tracing::error!(target: SPILL, key = %key, "a result is lost: {}", telemetry::chain(&error));
+                    self.0.changed.notify_one();
+                }
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        self.0.garbage.wake.notify_one();
+        Ok(match found {
+            Found::Here(object) => Some(object),
+            Found::OnDisk(_) | Found::Nowhere => None,
+        })
+    }
+
+    /// Lets go of `key`, if it is held. Its memory is free when the last reader is done.
+    pub fn remove(&self, key: &Key) -> bool {
+        let removed = self.lock().remove(key);
+        removed.is_some()
     }
 
     /// Whether `key` is held.
     pub fn contains(&self, key: &Key) -> bool {
-        self.lock().objects.contains_key(key)
+        self.lock().contains(key)
     }
 
     /// All keys held, in no order.
     pub fn keys(&self) -> Vec<Key> {
-        self.lock().objects.keys().cloned().collect()
+        self.lock().keys().cloned().collect()
     }
 
     /// What is held now.
     pub fn usage(&self) -> Usage {
-        Usage { waste: self.arena.waste(), ..self.lock().usage }
+        Usage { waste: self.0.arena.waste(), ..self.lock().usage() }
     }
 
     /// Lets go of everything.
     pub fn clear(&self) {
-        *self.lock() = Inner::default();
+        let mut contents = self.lock();
+        let empty = Contents::new(contents.thresholds());
+        let old = std::mem::replace(&mut *contents, empty);
+        drop(contents);
+        drop(old);
     }
 
     /// Gives memory back that is held by a few objects in segments that were full once: moves those. Does nothing where
@@ -145,43 +341,108 @@ impl Store {
     /// # Errors
     /// When there is no memory to move them to.
     pub fn tidy(&self) -> Result<(), Error> {
-        self.arena.release_empty();
-        let mut inner = self.lock();
-        // what jobs hold cannot be moved: that is not looked for again until something changes
-        if !self.arena.is_wasteful() || self.arena.waste() == inner.left {
-            return Ok(());
-        }
-        let mut bytes = 0;
-        for object in inner.objects.values_mut() {
-            if bytes >= MOVED_MAX {
-                inner.left = 0;
-                return Ok(());
+        self.0.arena.release_empty();
+        self.lock().tidy(&self.0.arena)
+    }
+
+    /// The processes use too much memory: spills until so many bytes less are held, if there is as much. False if
+    /// nothing can be spilled.
+    pub fn relieve(&self, bytes: u64) -> bool {
+        let possible = self.lock().relieve(bytes);
+        self.0.garbage.wake.notify_one();
+        possible
+    }
+
+    /// Whether results come faster than they can be spilled, so that no more should be made for now.
+    pub fn is_crowded(&self) -> bool {
+        self.lock().is_crowded()
+    }
+
+    /// Waits until there are lost keys, or the store may be less crowded.
+    pub async fn changed(&self) {
+        self.0.changed.notified().await;
+    }
+
+    /// Keys whose files were damaged since this was last asked. They are held no longer.
+    pub fn take_lost(&self) -> Vec<Key> {
+        self.lock().take_lost()
+    }
+
+    /// Spills what is to be spilled, and removes files. Never ends.
+    pub async fn keep_spilling(self) {
+        let Some(files) = self.0.files.clone() else { return std::future::pending().await };
+        let mut complained: [Option<Instant>; 2] = [None; 2];
+        loop {
+            self.0.garbage.wake.notified().await;
+            self.sweep().await;
+            while let Some(step) = self.next() {
+                match step {
+                    // the memory of a large object takes its time to become free
+                    Step::Free(object) => drop(spawn_blocking(move || drop(object)).await),
+                    Step::Write { leaving, room } => {
+                        if let Err(error) = self.write(&files, leaving, room).await {
+                            complain(&error, &mut complained[usize::from(matches!(error, Error::NoRoom))]);
+                        }
+                    }
+                }
+                self.0.changed.notify_one();
+                self.sweep().await;
             }
-            let moved = object.moved(&self.arena);
-            let share = |source| Error::Share { bytes: object.shared_bytes(), source };
-            if let Some(moved) = moved.map_err(share)? {
-                bytes += moved.shared_bytes();
-                *object = moved;
+            self.0.changed.notify_one();
+        }
+    }
+
+    fn next(&self) -> Option<Step> {
+        self.lock().next()
+    }
+
+    /// Writes one object to a file. If that fails, it stays in memory.
+    async fn write(&self, files: &Arc<Files>, leaving: Leaving, room: u64) -> Result<(), Error> {
+        let (files, object) = (files.clone(), leaving.object.clone());
+        let writing = spawn_blocking(move || {
+            let start = Instant::now();
+            (files.write(&object, room), start.elapsed().as_secs_f64())
+        });
+        // as for reading
+        let (written, seconds) =
+            writing.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        match written {
+            Ok(file) => {
+                self.lock().written(&leaving, file, seconds);
+                // the last to hold it may be this; its memory takes its time to become free
+                drop(spawn_blocking(move || drop(leaving)).await);
+                Ok(())
+            }
+            Err(error) => {
+                self.lock().refused(leaving, &error);
+                Err(error)
             }
         }
-        inner.left = self.arena.waste();
-        Ok(())
+    }
+
+    async fn sweep(&self) {
+        let paths = self.0.garbage.take();
+        if !paths.is_empty() {
+            // what is not removed now goes with the folder
+            drop(spawn_blocking(move || spill::remove(paths)).await);
+        }
     }
 }
 
-impl Usage {
-    fn add(&mut self, object: &Object) {
-        self.count += 1;
-        self.nbytes += object.nbytes();
-        self.shared += object.shared_bytes();
-        self.heap += object.heap_bytes();
+/// Says that something stays in memory, if that was not said just now.
+fn complain(error: &Error, last: &mut Option<Instant>) {
+    if last.is_some_and(|last| last.elapsed() < COMPLAINTS) {
+        return;
     }
-
-    fn subtract(&mut self, object: &Object) {
-        self.count -= 1;
-        self.nbytes -= object.nbytes();
-        self.shared -= object.shared_bytes();
-        self.heap -= object.heap_bytes();
+    *last = Some(Instant::now());
+    match error {
+        Error::NoRoom => {
+            tracing::warn!(target: SPILL, "Spill file on disk reached capacity; keeping data in memory");
+        }
+        error => {
+            let why = telemetry::chain(error);
+            tracing::error!(target: SPILL, "Spill to disk failed; keeping data in memory: {why}");
+        }
     }
 }
 
@@ -198,19 +459,23 @@ mod tests {
         Object::new(PayloadKind::Serialized, Bytes::from_static(b"h"), vec![frame], nbytes)
     }
 
+    fn sizes(store: &Store) -> (usize, u64, u64, u64) {
+        let Usage { count, nbytes, shared, heap, .. } = store.usage();
+        (count, nbytes, shared, heap)
+    }
+
     #[test]
     fn usage_follows_every_change() {
-        let store = Store::new();
+        let store = Store::new(None);
         store.insert("a".into(), object(10));
         store.insert("b".into(), object(5));
-        assert_eq!(store.usage(), Usage { count: 2, nbytes: 15, heap: 17, ..Usage::default() });
+        assert_eq!(sizes(&store), (2, 15, 0, 17));
 
         store.insert("a".into(), object(1));
-        assert_eq!(store.usage(), Usage { count: 2, nbytes: 6, heap: 8, ..Usage::default() });
+        assert_eq!(sizes(&store), (2, 6, 0, 8));
 
-        assert!(store.remove(&"a".into()).is_some());
-        assert!(store.remove(&"a".into()).is_none());
-        assert_eq!(store.usage(), Usage { count: 1, nbytes: 5, heap: 6, ..Usage::default() });
+        assert!(store.remove(&"a".into()) && !store.remove(&"a".into()));
+        assert_eq!(sizes(&store), (1, 5, 0, 6));
 
         store.clear();
         assert_eq!(store.usage(), Usage::default());
@@ -219,6 +484,13 @@ mod tests {
     fn payload(sizes: &[usize]) -> Payload {
         let frames = sizes.iter().enumerate().map(|(i, n)| Bytes::from(vec![i as u8 + 1; *n])).collect();
         Payload { kind: PayloadKind::Serialized, header: Bytes::new(), frames }
+    }
+
+    #[test]
+    fn without_a_place_for_files_nothing_is_spilled() {
+        let store = Store::new(None);
+        store.insert("a".into(), object(1 << 20));
+        assert!(!store.relieve(1) && !store.is_crowded());
     }
 
     #[test]
@@ -262,7 +534,7 @@ mod tests {
     /// Holds `count` objects of 70 KiB, then every eighth of them, then none.
     fn hold_many(count: usize) {
         const SIZE: usize = 70 * 1024;
-        let (store, before) = (Store::new(), descriptors());
+        let (store, before) = (Store::new(None), descriptors());
         let key = |i: usize| Key::from(format!("x-{i}"));
         for i in 0..count {
             let mut payload = payload(&[SIZE]);
@@ -275,7 +547,7 @@ mod tests {
         let allowed = 100 + count * SIZE / (30 << 20);
         assert!(descriptors() < before + allowed, "{} descriptors", descriptors() - before);
 
-        (0..count).filter(|i| i % 8 > 0).for_each(|i| drop(store.remove(&key(i))));
+        (0..count).filter(|i| i % 8 > 0).for_each(|i| _ = store.remove(&key(i)));
         let waste = store.usage().waste;
         assert!(waste > expected / 2);
         for _ in 0..count {
@@ -284,19 +556,116 @@ mod tests {
         let (left, allowed) = (store.usage().waste, (100 << 20).max(expected / 8 / 3));
         assert!(left < waste && left <= allowed, "{left} bytes are nobody's");
         for i in (0..count).step_by(8) {
-            let object = store.remove(&key(i)).unwrap();
+            let Lookup::Here(object) = store.find(&key(i)) else { panic!("not there") };
+            store.remove(&key(i));
             assert!(object.frames()[0].bytes().iter().all(|byte| *byte == i as u8));
         }
         store.tidy().unwrap();
-        assert_eq!(store.usage(), Usage::default());
+        assert_eq!((store.usage().count, store.usage().shared_memory()), (0, 0));
     }
 
     #[test]
     fn a_reader_keeps_what_was_removed() {
-        let store = Store::new();
+        let store = Store::new(None);
         store.insert("a".into(), object(3));
-        let held = store.get(&"a".into());
+        let Lookup::Here(held) = store.find(&"a".into()) else { panic!("not there") };
         store.remove(&"a".into());
-        assert_eq!(held.map(|o| o.frames()[0].bytes().len()), Some(3));
+        assert_eq!(held.frames()[0].bytes().len(), 3);
+        assert!(matches!(store.find(&"a".into()), Lookup::Nowhere));
+    }
+
+    /// A store that spills beyond `target` bytes, the folder of its files, and the task that spills.
+    struct Spilling {
+        store: Store,
+        storage: PathBuf,
+        spilling: tokio::task::JoinHandle<()>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Spilling {
+        fn new(target: u64, files: Option<u64>) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let storage = dir.path().join("storage");
+            let config =
+                SpillConfig { directory: storage.clone(), target, crowded: target, files, codec: None };
+            let store = Store::new(Some(config));
+            let spilling = tokio::spawn(store.clone().keep_spilling());
+            Spilling { store, storage, spilling, _dir: dir }
+        }
+
+        /// Waits for a state that comes with a change, for ten seconds at most.
+        async fn until(&self, done: impl Fn(&Store) -> bool) {
+            let wait = async {
+                while !done(&self.store) {
+                    self.store.changed().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(10), wait).await.unwrap();
+        }
+
+        fn names(&self) -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(&self.storage).unwrap();
+            entries.map(|entry| entry.unwrap().path()).collect()
+        }
+    }
+
+    impl Drop for Spilling {
+        fn drop(&mut self) {
+            self.spilling.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_too_much_is_written_and_comes_back() {
+        let spilling = Spilling::new(750_000, None);
+        let store = &spilling.store;
+        for key in ["a", "b", "c"] {
+            store.insert(key.into(), object(300_000));
+        }
+        spilling.until(|store| store.usage().spilled.count == 1).await;
+        assert!(!store.is_crowded());
+        assert!(matches!(store.find(&"a".into()), Lookup::OnDisk));
+        assert_eq!((sizes(store), spilling.names().len()), ((3, 900_000, 0, 600_002), 1));
+        let read = store.load(&"a".into()).await.unwrap().unwrap();
+        assert_eq!(read.to_payload(), object(300_000).to_payload());
+        assert!(read.is_on_disk());
+        // which is one too many again
+        spilling.until(|store| store.usage().spilled.count == 1).await;
+        assert!(matches!(store.find(&"b".into()), Lookup::OnDisk));
+        assert!(store.load(&"nobody".into()).await.unwrap().is_none());
+        store.clear();
+        assert_eq!((store.usage(), store.keys().len()), (Usage::default(), 0));
+    }
+
+    #[tokio::test]
+    async fn files_of_what_is_gone_are_removed() {
+        let spilling = Spilling::new(10, None);
+        spilling.store.insert("a".into(), object(100));
+        spilling.until(|store| store.usage().spilled.count == 1).await;
+        spilling.store.remove(&"a".into());
+        spilling.until(|_| spilling.names().is_empty()).await;
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_keeps_everything_in_memory() {
+        let spilling = Spilling::new(10, Some(50));
+        spilling.store.insert("a".into(), object(100));
+        spilling.until(|store| !store.is_crowded()).await;
+        assert!(matches!(spilling.store.find(&"a".into()), Lookup::Here(_)));
+        assert_eq!(spilling.store.usage().files, 0);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_loses_one_key() {
+        let spilling = Spilling::new(10, None);
+        let store = &spilling.store;
+        store.insert("a".into(), object(100));
+        store.insert("b".into(), object(100));
+        spilling.until(|store| store.usage().spilled.count == 2).await;
+        std::fs::write(spilling.storage.join("0"), "").unwrap();
+        assert!(store.load(&"a".into()).await.unwrap().is_none());
+        store.changed().await;
+        assert_eq!((store.take_lost(), store.contains(&"a".into())), (vec!["a".into()], false));
+        assert!(store.load(&"b".into()).await.unwrap().is_some());
     }
 }

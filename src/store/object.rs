@@ -3,7 +3,7 @@
 //! Values only: nothing here opens a payload.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 
@@ -12,50 +12,70 @@ use super::{SHARED_FRAME_MIN, is_worth_memfd};
 use crate::proto::{Payload, PayloadKind};
 use crate::sys::{self, MemfdMut};
 
-/// Where frames begin in a segment, in bytes: arrays on them are aligned then, whatever their items.
+/// Where frames begin in a segment or file, in bytes: arrays on them are aligned then, whatever their items.
 pub(super) const ALIGNMENT: usize = 64;
 
-/// Where a shared frame lies: memory that nobody can change there, so that another process can map it.
+/// Where a shared frame lies: where nobody can change it, so that another process can map it.
 #[derive(Clone, Debug)]
 pub struct Segment {
     fd: Arc<OwnedFd>,
     offset: u64,
-    /// Of the arena's segment it lies in; none in an object's own memfd.
-    tally: Option<Arc<Tally>>,
+    place: Place,
+}
+
+/// What a segment is a part of.
+#[derive(Clone, Debug)]
+enum Place {
+    /// A memfd of the object's own.
+    Own,
+    /// A segment of the arena's.
+    Packed(Arc<Tally>),
+    /// A spill file.
+    File,
 }
 
 impl Segment {
     /// A region that begins `offset` bytes into an object's own, sealed memfd.
     pub fn new(fd: Arc<OwnedFd>, offset: u64) -> Self {
-        Segment { fd, offset, tally: None }
+        Segment { fd, offset, place: Place::Own }
     }
 
     /// A region of an arena's segment.
     pub(super) fn packed(fd: Arc<OwnedFd>, offset: u64, tally: Arc<Tally>) -> Self {
-        Segment { fd, offset, tally: Some(tally) }
+        Segment { fd, offset, place: Place::Packed(tally) }
     }
 
     /// Whether other objects lie in the same memfd, so that it is not to be mapped as a whole.
     pub fn is_packed(&self) -> bool {
-        self.tally.is_some()
+        matches!(self.place, Place::Packed(_))
     }
 
     /// Whether most of what once lay around it is gone.
     pub(super) fn is_sparse(&self) -> bool {
-        self.tally.as_ref().is_some_and(|tally| tally.is_sparse())
+        matches!(&self.place, Place::Packed(tally) if tally.is_sparse())
     }
 
-    /// The memfd; several frames may share one.
+    /// Whether it lies in a file.
+    fn is_on_disk(&self) -> bool {
+        matches!(self.place, Place::File)
+    }
+
+    /// A region that begins `offset` bytes into a file whose contents are final.
+    pub(super) fn of_file(fd: Arc<OwnedFd>, offset: u64) -> Self {
+        Segment { fd, offset, place: Place::File }
+    }
+
+    /// The memfd or file; several frames may share one.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// Bytes before this frame in the memfd.
+    /// Bytes before this frame in it.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Whether both lie in the same memfd.
+    /// Whether both lie in the same memfd or file.
     pub fn same_fd(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.fd, &other.fd)
     }
@@ -74,7 +94,7 @@ impl Frame {
         Frame { bytes, segment: None }
     }
 
-    /// A frame in shared memory; `bytes` is the daemon's read-only mapping of it.
+    /// A frame in shared memory or a file; `bytes` is the daemon's read-only mapping of it.
     pub fn shared(bytes: Bytes, segment: Segment) -> Self {
         Frame { bytes, segment: Some(segment) }
     }
@@ -93,6 +113,17 @@ impl Frame {
 /// A stored result. Cloning costs a reference count.
 #[derive(Clone, Debug)]
 pub struct Object(Arc<Inner>);
+
+/// Finds an object that somebody still uses.
+#[derive(Clone, Debug, Default)]
+pub(super) struct WeakObject(Weak<Inner>);
+
+impl WeakObject {
+    /// The object, if anybody has it.
+    pub(super) fn upgrade(&self) -> Option<Object> {
+        self.0.upgrade().map(Object)
+    }
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -167,9 +198,20 @@ impl Object {
         Object::new(*kind, header.clone(), frames.clone(), nbytes)
     }
 
-    /// Bytes in shared memory.
+    /// Bytes in shared memory. What is mapped from a file takes none: the kernel drops and reads it as it likes.
     pub fn shared_bytes(&self) -> u64 {
-        self.sum(|frame| frame.segment().is_some())
+        self.sum(|frame| frame.segment().is_some_and(|segment| !segment.is_on_disk()))
+    }
+
+    /// Whether frames of it are mapped from a file.
+    #[cfg(test)]
+    pub(super) fn is_on_disk(&self) -> bool {
+        self.0.frames.iter().any(|frame| frame.segment().is_some_and(|segment| segment.is_on_disk()))
+    }
+
+    /// To find it again for as long as somebody uses it.
+    pub(super) fn downgrade(&self) -> WeakObject {
+        WeakObject(Arc::downgrade(&self.0))
     }
 
     /// Bytes on the daemon's heap, header included.

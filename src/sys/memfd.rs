@@ -70,14 +70,13 @@ impl Memfd {
             return Err(Error::OutOfRange { offset, len, size: self.len });
         };
         if bytes == 0 {
-            return Ok(Mapping(None));
+            return Ok(Mapping::empty());
         }
         // SAFETY: the memfd is sealed against writing and shrinking (the invariant of this type), so the mapped
         // bytes never change and never go away; the region was checked against its size, which is final too.
         let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map(self.fd.as_raw_fd()) }
             .map_err(Error::call("mmap"))?;
-        MAPPINGS.fetch_add(1, Ordering::Relaxed);
-        Ok(Mapping(Some(map)))
+        Ok(Mapping::new(map))
     }
 }
 
@@ -164,9 +163,22 @@ pub fn memory_is_crowded() -> bool {
     MAPPINGS.load(Ordering::Relaxed) >= room
 }
 
-/// A read-only view of sealed memory; `bytes::Bytes::from_owner` takes it.
+/// A read-only view of sealed memory or a final file; `bytes::Bytes::from_owner` takes it.
 #[derive(Debug)]
 pub struct Mapping(Option<Mmap>);
+
+impl Mapping {
+    /// A view of memory that stays as it is.
+    pub(super) fn new(map: Mmap) -> Self {
+        MAPPINGS.fetch_add(1, Ordering::Relaxed);
+        Mapping(Some(map))
+    }
+
+    /// A view of nothing, which cannot be mapped.
+    pub(super) fn empty() -> Self {
+        Mapping(None)
+    }
+}
 
 impl Drop for Mapping {
     fn drop(&mut self) {

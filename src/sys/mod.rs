@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 mod append;
+mod file;
 mod kernel;
 mod memfd;
 mod process;
@@ -13,6 +14,7 @@ mod words;
 use std::io;
 
 pub use append::{Appended, Appender};
+pub use file::{FinalFile, survive_file_size_limit};
 pub use kernel::landlock_abi;
 pub use memfd::{Mapping, Memfd, MemfdMut, memory_is_crowded};
 pub use process::{

@@ -82,6 +82,8 @@ pub struct Metrics {
     /// `dask_worker_spill_time_seconds_total` by activity.
     pub spill_time: Family<ActivityLabel, Counter<f64, AtomicU64>>,
 
+    /// `iqoqo_worker_spill_files_bytes`: all spill files, those of results that are in memory again included.
+    pub spill_files: Size,
     /// `iqoqo_worker_runners`: live runner processes.
     pub runners: Size,
     /// `iqoqo_worker_runner_deaths_total`: runners that ended without being told to, by cause.
@@ -149,6 +151,7 @@ impl Metrics {
         );
 
         let mut ours = Names { registry: &mut registry, prefix: "iqoqo_worker" };
+        ours.add("spill_files_bytes", "Size of all spill files", &self.spill_files);
         ours.add("runners", "Live runner processes", &self.runners);
         ours.add("runner_deaths", "Runners that ended without being told to", &self.runner_deaths);
         ours.add("registrations", "Times the scheduler accepted this worker", &self.registrations);

@@ -25,6 +25,19 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// A size as `dask.utils.format_bytes` writes it.
+pub fn format_bytes(count: u64) -> String {
+    const UNITS: [(&str, u64); 5] =
+        [("Pi", 1 << 50), ("Ti", 1 << 40), ("Gi", 1 << 30), ("Mi", 1 << 20), ("ki", 1 << 10)];
+    for (prefix, size) in UNITS {
+        // Dask changes the unit at 0.9
+        if count as f64 >= size as f64 * 0.9 {
+            return format!("{:.2} {prefix}B", count as f64 / size as f64);
+        }
+    }
+    format!("{count} B")
+}
+
 /// Why telemetry could not start, or a setting of it makes no sense.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -56,4 +69,16 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_in_dask() {
+        assert_eq!(format_bytes(5), "5 B");
+        assert_eq!(format_bytes(1000), "0.98 kiB");
+        assert_eq!(format_bytes(1 << 33), "8.00 GiB");
+    }
 }
