@@ -170,6 +170,6 @@ impl Backend for WorkerBackend {
     }
 
     async fn relay(&self, request: Relay) -> Result<Vec<Bytes>, Failure> {
-        Ok(self.pool()?.service_request(request.frames, Target::Worker).await)
+        Ok(self.pool()?.service_request(request.frames, Target::Worker).await.frames)
     }
 }

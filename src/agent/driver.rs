@@ -65,7 +65,7 @@ pub(super) enum End {
 }
 
 /// A restart that nobody waits for.
-const RESTART: End = End::Restart { down: None, up: None };
+pub(super) const RESTART: End = End::Restart { down: None, up: None };
 
 /// What follows once our data is elsewhere.
 #[derive(Debug)]
@@ -206,8 +206,7 @@ impl Driver {
                     }
                 }
             }
-            // a heartbeat that nobody waits for any more belongs to a session that is over
-            Incoming::Heartbeat(reply) => drop(reply.send(self.beat())),
+            Incoming::Heartbeat(reply) => self.heartbeat(reply),
             Incoming::Lost(lost) => {
                 let leaving = self.retiring.as_ref().is_some_and(|retiring| !retiring.restart);
                 self.end = Some(if leaving { End::Leave } else { End::Lost(lost) });
@@ -233,7 +232,11 @@ impl Driver {
             Ok(kind) => self.apply(stimulus_id, kind),
             Err(StreamMessage::StatusChange { status }) => self.status_wanted(status, &stimulus_id),
             Err(StreamMessage::Close { reason }) => return Some(self.leave(&reason)),
-            Err(StreamMessage::Unknown { op, .. }) => warn!("the scheduler sent an unknown op {op:?}"),
+            Err(StreamMessage::Unknown { op, message }) => {
+                if !self.pool.service_stream(&message) {
+                    warn!("the scheduler sent an unknown op {op:?}");
+                }
+            }
             Err(_) => unreachable!("every other message is an event"),
         }
         None
@@ -264,6 +267,9 @@ impl Driver {
             self.carry_out(instruction);
         }
         self.instructions = instructions;
+        if let Some(transitions) = self.state.watched() {
+            self.pool.tell_transitions(&transitions);
+        }
         if let Err(error) = result {
             self.illegal(&error);
         }

@@ -6,7 +6,7 @@ use rustc_hash::FxHashMap;
 use tracing::{error, info, warn};
 
 use super::Error;
-use super::driver::{Driver, End, WORKER};
+use super::driver::{Driver, End, NANNY, RESTART, WORKER};
 use super::gather::raised;
 use crate::exec::{self, Cause, Job, Recall, Stream};
 use crate::proto::{Key, RunId, Value};
@@ -175,6 +175,11 @@ impl Driver {
             }
             exec::Event::Output(line) => self.lines(&line),
             exec::Event::ToScheduler(message) => self.session.sender().send(message),
+            exec::Event::WatchTransitions(on) => self.state.watch(on),
+            exec::Event::ServiceLost => {
+                error!(target: NANNY, "the service process held a part of a shuffle, so the worker begins anew");
+                self.end = Some(RESTART);
+            }
             exec::Event::Scattered { key, object, description } => {
                 let exec::Description { nbytes, type_pickled, typename } = description;
                 let type_ = Some(TypeInfo { pickled: type_pickled, name: typename.into() });

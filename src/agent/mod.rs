@@ -11,6 +11,7 @@ mod execute;
 mod gather;
 mod memory;
 mod nanny;
+mod plugins;
 mod report;
 mod requests;
 mod shared;

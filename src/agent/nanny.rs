@@ -15,6 +15,9 @@ use crate::proto::{Key, Status, Value};
 use crate::telemetry::log::Line;
 use crate::wire::payload::Exception;
 
+/// Seconds that a restart for a plugin's sake is waited for (`Nanny.restart`).
+const RESTART_TIMEOUT: f64 = 30.0;
+
 /// The daemon in its nanny's role.
 pub(super) struct Nanny {
     pub(super) shared: Arc<Shared>,
@@ -83,6 +86,11 @@ impl NannyBackend for Nanny {
 
     async fn relay(&self, request: Relay) -> Result<Vec<Bytes>, Failure> {
         let pool = self.shared.pool().ok_or_else(not_running)?;
-        Ok(pool.service_request(request.frames, Target::Nanny).await)
+        let reply = pool.service_request(request.frames, Target::Nanny).await;
+        if let Some(reason) = reply.restart {
+            // as in Dask, a worker that takes longer is not waited for
+            self.order(RESTART_TIMEOUT, |done| Command::Restart { reason, done }).await?;
+        }
+        Ok(reply.frames)
     }
 }

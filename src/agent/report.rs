@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use rustc_hash::FxHashMap;
+use tokio::sync::oneshot;
 
 use super::driver::Driver;
 use super::shared::Shared;
-use crate::proto::Key;
+use crate::proto::{Key, Value};
 use crate::scheduler::{Bandwidth, Beat, Digests, Metrics, Transfers, now};
 use crate::state::StateName;
 use crate::telemetry::{ActivityLabel, MemoryLabel, StateLabel};
@@ -66,6 +67,34 @@ pub(super) fn at_rest(shared: &Shared) -> Metrics {
     }
 }
 
+/// Adds what plugins had to say: their extensions' parts, and what they measured.
+fn extend(beat: &mut Beat, told: &Value) {
+    for (name, data) in told.field("extensions").and_then(Value::as_map).unwrap_or_default() {
+        if let Value::Str(name) = name {
+            beat.extensions.push((name.clone(), data.clone()));
+        }
+    }
+    for digest in told.field("digests").and_then(Value::as_list).unwrap_or_default() {
+        let Some([name, Value::Float(value)]) = digest.as_list() else { continue };
+        let digests = &mut beat.metrics.digests;
+        match name.as_list() {
+            // these have their span, or none, behind the context
+            Some([context, span, rest @ ..]) if context.as_str() == Some("p2p") => {
+                let parts = [context].into_iter().chain(rest).map(Value::to_key);
+                if let Some(parts) = parts.collect::<Option<_>>() {
+                    let span = span.as_str().map(Into::into);
+                    digests.add_in_span(Key::Tuple(parts), span.as_ref(), *value);
+                }
+            }
+            _ => {
+                if let Some(name) = name.to_key() {
+                    digests.add(name, *value);
+                }
+            }
+        }
+    }
+}
+
 impl Driver {
     /// What a heartbeat tells now; sums since the last one start anew.
     pub(super) fn beat(&mut self) -> Beat {
@@ -94,6 +123,19 @@ impl Driver {
         let since = |key: &Key| self.state.task(key).and_then(|task| task.start_time());
         let running = self.running.keys().filter_map(|key| Some((key.clone(), time - since(key)?)));
         Beat { executing: running.collect(), metrics, extensions: Vec::new() }
+    }
+
+    /// Tells a heartbeat what there is, with what plugins have to say.
+    pub(super) fn heartbeat(&mut self, reply: oneshot::Sender<Beat>) {
+        let mut beat = self.beat();
+        // a heartbeat that nobody waits for any more belongs to a session that is over
+        match self.pool.service_beat() {
+            None => drop(reply.send(beat)),
+            Some(told) => drop(tokio::spawn(async move {
+                extend(&mut beat, &told.await);
+                drop(reply.send(beat));
+            })),
+        }
     }
 
     /// Hands the offset of the scheduler's clock to those who tell it times.

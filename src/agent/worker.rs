@@ -11,27 +11,27 @@ use uuid::Uuid;
 use super::backend::WorkerBackend;
 use super::driver::{Driver, End, Inputs, NANNY, WORKER};
 use super::nanny::Nanny;
+use super::plugins::{self, Role};
 use super::report::at_rest;
 use super::requests::Command;
 use super::shared::{Parts, Shared};
 use super::{Config, Error, Listen, Stop, StopSignal};
-use crate::exec::{self, WorkerInfo};
+use crate::exec::{self, NannyState, WorkerInfo};
 use crate::net::{self, Listener};
 use crate::peer::{self, Peer};
 use crate::proto::{Address, Status, Value};
-use crate::scheduler::{Attempt, Identity, Name, NannyRegistration, Scheduler, Session};
+use crate::scheduler::{Attempt, Identity, Name, Scheduler, Session};
 use crate::telemetry::log::Recent;
 use crate::telemetry::{self, Pulse};
-
-/// The plugin that a scheduler sends to each worker.
-const SHUFFLE: &str = "shuffle";
 
 /// A worker with its servers up.
 struct Worker {
     shared: Arc<Shared>,
     commands: mpsc::UnboundedReceiver<Command>,
     stop: StopSignal,
-    nanny: Option<Address>,
+    nanny: Option<Role>,
+    /// What nanny plugins have done so far, for the next pool.
+    nanny_state: NannyState,
     /// Dropped, they close their listeners and connections, and spill no more.
     _servers: JoinSet<()>,
     _http: Option<telemetry::http::Server>,
@@ -126,12 +126,20 @@ impl Worker {
         let mut servers = JoinSet::new();
         servers.spawn(shared.store.clone().keep_spilling());
         servers.spawn(peer::serve(listener, Arc::new(server(&shared, address))));
+        let nanny_id: Arc<str> = format!("Nanny-{}", Uuid::new_v4()).into();
         if let Some(listener) = nanny {
-            let id = format!("Nanny-{}", Uuid::new_v4()).into();
             let blocked = shared.config.nanny_blocked_handlers.clone();
-            servers.spawn(peer::serve_nanny(listener, Nanny { shared: shared.clone(), id }, blocked));
+            let nanny = Nanny { shared: shared.clone(), id: nanny_id.clone() };
+            servers.spawn(peer::serve_nanny(listener, nanny, blocked));
         }
-        let worker = Worker { shared, commands, stop, nanny: nanny_address, _servers: servers, _http: http };
+        let nanny = nanny_address.map(|address| Role::new(address, nanny_id));
+        let mut nanny_state = shared.config.exec.nanny.clone();
+        if nanny.is_some() {
+            // where plugins of the nanny put what workers are to import
+            let scratch = shared.config.local_directory.parent();
+            nanny_state.path.extend(scratch.map(|scratch| scratch.to_string_lossy().into_owned()));
+        }
+        let worker = Worker { shared, commands, stop, nanny, nanny_state, _servers: servers, _http: http };
         worker.announce(&listening);
         Ok(worker)
     }
@@ -140,7 +148,7 @@ impl Worker {
     fn announce(&self, listening: &Address) {
         let identity = self.shared.identity();
         if let Some(nanny) = &self.nanny {
-            info!(target: NANNY, "        Start Nanny at: '{nanny}'");
+            info!(target: NANNY, "        Start Nanny at: '{}'", nanny.address);
         }
         info!(target: WORKER, "      Start worker at: {:>26}", identity.address.as_str());
         info!(target: WORKER, "         Listening to: {:>26}", listening.as_str());
@@ -167,15 +175,17 @@ impl Worker {
         let mut waiting: Option<oneshot::Sender<()>> = None;
         loop {
             let (events, outcomes) = mpsc::unbounded_channel();
-            let pool = exec::Pool::start(
-                self.shared.config.exec.clone(),
-                self.shared.store.arena().clone(),
-                events,
-            )?;
+            let nanny = self.nanny_state.clone();
+            let config = exec::Config { nanny, ..self.shared.config.exec.clone() };
+            let pool = exec::Pool::start(config, self.shared.store.arena().clone(), events)?;
             let end = self.register_and_drive(&pool, outcomes, attempt, waiting.take()).await;
             self.shared.pulse.set_ready(false);
             self.shared.set_pool(None);
-            pool.shutdown().await;
+            match &end {
+                Ok(End::Restart { .. } | End::Lost(_)) => pool.shutdown_worker().await,
+                _ => pool.shutdown().await,
+            }
+            self.nanny_state = pool.nanny();
             self.shared.store.clear();
             // from now on, whoever has our name or address may be ourselves
             attempt = Attempt::Again;
@@ -184,6 +194,11 @@ impl Worker {
                 End::Failed(error) => return Err(error),
                 End::Lost(lost) => {
                     warn!(target: WORKER, "{lost}; registering anew");
+                    // the scheduler to come has its own
+                    self.nanny_state.plugins.clear();
+                    if let Some(nanny) = &mut self.nanny {
+                        nanny.forget();
+                    }
                 }
                 End::Restart { down, up } => {
                     if let Some(down) = down {
@@ -210,11 +225,14 @@ impl Worker {
         pool.set_worker_info(self.info());
         let mut stop = self.stop.clone();
         let mut waiting: Vec<_> = waiting.into_iter().collect();
-        let session = tokio::select! {
-            session = register(&self.shared, self.nanny.as_ref(), attempt) => session?,
+        let registered = tokio::select! {
+            registered = register(&self.shared, pool, self.nanny.as_mut(), attempt) => registered?,
             () = turn(&self.shared.pulse) => return Ok(End::Leave),
             () = told(&mut stop) => return Ok(End::Leave),
             () = told_to_close(&mut self.commands, &mut waiting) => return Ok(End::Leave),
+        };
+        let Some(session) = registered else {
+            return Ok(End::Restart { down: None, up: waiting.pop() });
         };
         self.shared.pulse.set_ready(true);
         for waiting in waiting {
@@ -238,6 +256,8 @@ impl Worker {
             local_directory: identity.local_directory.display().to_string(),
             memory_limit: identity.memory_limit,
             scheduler_address: scheduler.map(|address| address.to_string()).unwrap_or_default(),
+            nanny_address: self.nanny.as_ref().map(|nanny| nanny.address.to_string()).unwrap_or_default(),
+            nanny_id: self.nanny.as_ref().map(|nanny| nanny.id.to_string()).unwrap_or_default(),
         }
     }
 }
@@ -285,31 +305,28 @@ async fn told_to_close(
     std::future::pending().await
 }
 
-/// Registers nanny and worker, in the order of a stock nanny.
-async fn register(shared: &Shared, nanny: Option<&Address>, attempt: Attempt) -> Result<Session, Error> {
-    let announced = match nanny {
-        Some(nanny) => Some(shared.scheduler.register_nanny(nanny).await?),
-        None => None,
-    };
+/// Registers nanny and worker, in the order of a stock nanny, and sets up the plugins that the scheduler has for them.
+/// `None` when nanny plugins want another interpreter first.
+async fn register(
+    shared: &Shared,
+    pool: &exec::Pool,
+    nanny: Option<&mut Role>,
+    attempt: Attempt,
+) -> Result<Option<Session>, Error> {
+    let mut announced = None;
+    if let Some(nanny) = nanny {
+        let before = pool.nanny();
+        nanny.announce(shared, pool).await?;
+        if !pool.nanny().starts_alike(&before) {
+            return Ok(None);
+        }
+        announced = nanny.take_announcement();
+    }
     let identity = shared.identity();
     let mut session = shared.scheduler.register(&identity, &at_rest(shared), attempt).await?;
-    // P2P shuffling is not supported yet: its tasks say that the worker has no such plugin
-    let other = |(name, _): &(Value, Value)| name.as_str() != Some(SHUFFLE);
-    for (name, _) in session.take_plugins().into_iter().filter(other) {
-        warn!(target: WORKER, "worker plugin {name:?} is not set up: plugins are not supported yet");
-    }
+    plugins::set_up(pool, session.take_plugins()).await;
     if let Some(announced) = announced {
-        up(announced).await;
+        plugins::up(announced).await;
     }
-    Ok(session)
-}
-
-/// Tells the scheduler that the nanny's worker is there.
-async fn up(announced: NannyRegistration) {
-    for (name, _) in &announced.plugins {
-        warn!(target: NANNY, "nanny plugin {name:?} is not set up: plugins are not supported yet");
-    }
-    if let Err(error) = announced.finish(true).await {
-        warn!(target: NANNY, "could not tell the scheduler that the nanny is up: {}", error.chain());
-    }
+    Ok(Some(session))
 }

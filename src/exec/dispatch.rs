@@ -58,6 +58,9 @@ impl State {
         if let Some(info) = &self.info {
             runner.configure(info);
         }
+        if !self.plugins.is_empty() {
+            runner.plug(&self.plugins);
+        }
         self.zygote.send(&ToChild::Fork { child: id, role: Role::Runner }, ends.fds);
         tokio::spawn(slot::serve(shared.clone(), id, ends.data, runner.exited.clone()));
         tokio::spawn(slot::serve_control(shared.clone(), id, ends.control));

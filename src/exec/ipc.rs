@@ -4,6 +4,8 @@
 //! descriptors ride with the first bytes. The other end is `runner/channel.py`. What comes from a child is the word of
 //! a process that runs users' code: lengths, counts and types are checked here, meaning is checked by the callers.
 
+mod plugins;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use bytes::{Bytes, BytesMut};
@@ -36,6 +38,12 @@ pub(super) enum ToChild<'a> {
     Run { seq: u64, key: &'a Key, spec: &'a Payload, inputs: &'a [(Key, Object)], annotations: &'a Value },
     /// To a runner: end when all before this is done.
     Exit,
+    /// To a runner or the service: plugins to set up, by name and pickle.
+    Plugins { target: Target, plugins: &'a [(Value, Bytes)] },
+    /// To a runner: a plugin to tear down.
+    Unplug { name: &'a Value },
+    /// To the service: tear plugins down and end; those of the nanny, too, if it leaves.
+    Leave { nanny: bool },
     /// To a runner's control thread: say what runs.
     Stacks { request: u64 },
     /// To a runner's control thread: stop task `seq` if it runs.
@@ -44,6 +52,16 @@ pub(super) enum ToChild<'a> {
     Request { request: u64, target: Target, frames: &'a [Bytes] },
     /// To the service: size and type of objects.
     Describe { request: u64, objects: &'a [Object] },
+    /// To the service: a runner's call, which only Python understands.
+    Call { request: u64, body: &'a [u8] },
+    /// To a runner's control thread: what became of its call; text where it has no answer.
+    Return { request: u64, result: Result<&'a [u8], &'a str> },
+    /// To the service: a message of the scheduler's stream with an op of a plugin's.
+    Stream { frames: &'a [Bytes] },
+    /// To the service: tasks that changed their state, for plugins that want to know.
+    Transitions { transitions: &'a Value },
+    /// To the service: what plugins have for the heartbeat.
+    Beat { request: u64 },
 }
 
 /// What a forked process becomes.
@@ -89,10 +107,23 @@ pub(super) enum FromChild {
     Scattered { key: Key, object: RawObject, description: Description },
     /// Call stacks by key.
     Stacks { request: u64, stacks: Vec<(Key, Vec<String>)> },
-    /// The service's answer.
-    Reply { request: u64, frames: Vec<RawFrame> },
+    /// The service's answer, and why the nanny is to restart its worker, if it is.
+    Reply { request: u64, frames: Vec<RawFrame>, restart: Option<String> },
     /// The service's descriptions.
     Described { request: u64, objects: Vec<Result<Description, String>> },
+    /// A plugin is set up in the service.
+    PluginAdded { target: Target, name: Value, pickle: Bytes },
+    /// A plugin is gone.
+    PluginRemoved { target: Target, name: Value },
+    /// Plugins are set up: whether they want to know of transitions, and whether the service holds what cannot be
+    /// made again, so that the worker is lost with it.
+    Holds { transitions: bool, state: bool },
+    /// What nanny plugins want of processes to come: variables (none is unset) and entries of `sys.path`.
+    Environment { variables: Vec<(String, Option<String>)>, path: Vec<String> },
+    /// A runner's call of the service. Descriptors may have come along.
+    Call { request: u64, body: Bytes },
+    /// The service's answer to a call. Descriptors may have come along.
+    Returned { request: u64, body: Bytes },
 }
 
 /// An object as it came: its header and where its frames are.
@@ -270,6 +301,7 @@ impl Writer {
                     self.object(object)?;
                 }
             }
+            other => self.plugin_message(other)?,
         }
         Ok(())
     }
@@ -438,9 +470,13 @@ impl Items {
                 object: self.list()?.object()?,
                 description: self.description()?,
             },
-            31 => FromChild::Reply { request: self.uint()?, frames: self.list()?.each(raw_frame)? },
+            31 => FromChild::Reply {
+                request: self.uint()?,
+                frames: self.list()?.each(raw_frame)?,
+                restart: self.maybe_text()?,
+            },
             33 => FromChild::Described { request: self.uint()?, objects: self.list()?.each(description)? },
-            _ => return None,
+            tag => return self.plugin_message(tag),
         })
     }
 
@@ -518,6 +554,13 @@ impl Items {
 
     fn text(&mut self) -> Option<String> {
         self.0.next()?.as_str().map(str::to_owned)
+    }
+
+    fn maybe_text(&mut self) -> Option<Option<String>> {
+        match self.0.next()? {
+            Value::Nil => Some(None),
+            value => value.as_str().map(|text| Some(text.to_owned())),
+        }
     }
 
     fn bytes(&mut self) -> Option<Bytes> {

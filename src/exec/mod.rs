@@ -9,6 +9,7 @@ mod link;
 mod mailbox;
 mod object;
 mod output;
+mod plugins;
 mod pool;
 mod service;
 mod slot;
@@ -30,6 +31,7 @@ use crate::sys;
 
 pub use ipc::{Description, Target};
 pub use output::Stream;
+pub use plugins::NannyState;
 pub use pool::Pool;
 pub use verdict::Cause;
 pub use zygote::nanny_environment;
@@ -57,6 +59,8 @@ pub struct Config {
     pub prefetch: usize,
     /// How long a cancelled task may go on before its runner is killed.
     pub cancel_grace: Duration,
+    /// What nanny plugins have done so far.
+    pub nanny: NannyState,
 }
 
 impl Default for Config {
@@ -72,6 +76,7 @@ impl Default for Config {
             attempts: 2,
             prefetch: 2,
             cancel_grace: Duration::from_secs(5),
+            nanny: NannyState::default(),
         }
     }
 }
@@ -108,6 +113,19 @@ pub struct WorkerInfo {
     pub memory_limit: Option<u64>,
     /// The scheduler's address.
     pub scheduler_address: String,
+    /// The nanny's address; empty without one.
+    pub nanny_address: String,
+    /// `Nanny-<uuid>`
+    pub nanny_id: String,
+}
+
+/// The service process's answer to a comm message.
+#[derive(Clone, Debug, Default)]
+pub struct ServiceReply {
+    /// The reply, a comm message.
+    pub frames: Vec<Bytes>,
+    /// Why the nanny is to restart its worker, if a plugin of its wants that.
+    pub restart: Option<String>,
 }
 
 /// What became of jobs and processes, in order.
@@ -174,6 +192,10 @@ pub enum Event {
     Output(Line),
     /// A message that user code sends to the scheduler (`log_event`).
     ToScheduler(Value),
+    /// Whether a plugin wants to be told of tasks that change their state.
+    WatchTransitions(bool),
+    /// The service process ended with what cannot be made again, such as a part of a shuffle.
+    ServiceLost,
     /// Data that user code puts on this worker (`Client.scatter` in a task); it tells the scheduler itself.
     Scattered {
         /// Under this key.

@@ -13,18 +13,22 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::ipc::{Description, Outgoing, Target, ToChild};
 use super::output::Room;
+use super::plugins::{NannyState, Plugins};
 use super::service::Service;
 use super::slot::{Attempt, Runner};
 use super::verdict::Cause;
 use super::zygote::{self, Zygote};
-use super::{Config, Error, Event, Job, Process, ProcessKind, Recall, WorkerInfo};
+use super::{Config, Error, Event, Job, Process, ProcessKind, Recall, ServiceReply, WorkerInfo};
 use crate::proto::{Key, Value};
 use crate::store::{Arena, Object};
+use crate::wire::{Compression, encode_message};
 
 /// How long a runner's control thread may take to answer; one that holds the GIL in C code cannot.
 const STACKS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long idle runners may take to exit by themselves.
 const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
+/// The same, where there are plugins to tear down.
+const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the processes may take to end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -60,6 +64,12 @@ pub(super) struct State {
     pub(super) zygote: Zygote,
     pub(super) service: Service,
     pub(super) info: Option<Value>,
+    pub(super) plugins: Plugins,
+    /// Names of those that need not be set up before somebody uses them.
+    pub(super) lazy: Vec<Value>,
+    pub(super) nanny: NannyState,
+    /// A plugin wants to know of transitions.
+    pub(super) watching: bool,
     /// Runners in a row that ended before they ran anything.
     pub(super) barren: u32,
     pub(super) stopping: bool,
@@ -71,6 +81,12 @@ pub(super) struct State {
 type Stacks = Vec<(Key, Vec<String>)>;
 
 impl State {
+    /// Whether a process is still there that was told to end.
+    fn has_leavers(&self) -> bool {
+        let service = self.service.is_there() && self.has_plugins_to_run();
+        service || self.runners.values().any(Runner::is_retired)
+    }
+
     /// A number for a process or a question.
     pub(super) fn new_id(&mut self) -> u64 {
         self.next_id += 1;
@@ -94,11 +110,11 @@ impl Shared {
         time + f64::from_bits(self.time_delay.load(Ordering::Relaxed))
     }
 
-    /// Waits until no runner is left that was told to end.
+    /// Waits until no process is left that was told to end.
     async fn idle_ended(&self) {
         loop {
             let burial = self.buried.notified();
-            if !self.state().runners.values().any(Runner::is_retired) {
+            if !self.state().has_leavers() {
                 return;
             }
             burial.await;
@@ -120,6 +136,7 @@ impl Pool {
     /// When the thread that watches the zygote cannot be made. An unusable interpreter is an
     /// [`Event::InterpreterFailed`].
     pub fn start(config: Config, arena: Arena, events: mpsc::UnboundedSender<Event>) -> Result<Pool, Error> {
+        let nanny = config.nanny.clone();
         let shared = Arc::new(Shared {
             config,
             room: Room::new(),
@@ -127,9 +144,15 @@ impl Pool {
             arena,
             events,
             time_delay: AtomicU64::new(0f64.to_bits()),
-            state: Mutex::default(),
+            state: Mutex::new(State { nanny, ..State::default() }),
         });
         zygote::start(&shared)?;
+        {
+            let mut state = shared.state();
+            if state.has_plugins_to_run() {
+                state.service(&shared)?;
+            }
+        }
         Ok(Pool(shared))
     }
 
@@ -240,8 +263,42 @@ impl Pool {
 
     /// Has the service process answer a comm message, given and answered as frames. If it cannot, the answer is the
     /// error message that a Dask server sends when a handler fails.
-    pub async fn service_request(&self, frames: Vec<Bytes>, target: Target) -> Vec<Bytes> {
+    pub async fn service_request(&self, frames: Vec<Bytes>, target: Target) -> ServiceReply {
         Shared::service_request(&self.0, frames, target).await
+    }
+
+    /// Takes in a worker plugin that need not be set up before somebody uses it. Any other is set up by
+    /// [`Pool::service_request`].
+    pub fn add_plugin_lazily(&self, name: Value, pickle: Bytes) {
+        self.0.state().add_plugin_lazily(name, pickle);
+    }
+
+    /// Nanny plugins and what they want of processes to come.
+    pub fn nanny(&self) -> NannyState {
+        self.0.state().nanny.clone()
+    }
+
+    /// Gives the service a message of a stream whose op a plugin may know. False when there is no plugin.
+    pub fn service_stream(&self, message: &Value) -> bool {
+        let mut state = self.0.state();
+        if state.plugins.is_empty() {
+            return false;
+        }
+        let Ok(frames) = encode_message(message, Compression::None) else { return false };
+        let service = state.service(&self.0);
+        service.map(|service| service.tell(&ToChild::Stream { frames: &frames })).is_ok()
+    }
+
+    /// What plugins have for the heartbeat, if a plugin may have something: a map of `extensions` and `digests`.
+    pub fn service_beat(&self) -> Option<impl Future<Output = Value> + Send + use<>> {
+        let shared = self.0.clone();
+        let asked = shared.state().service.is_there();
+        asked.then_some(async move { shared.beat().await })
+    }
+
+    /// Tells plugins about tasks that changed their state: key, old state, new state.
+    pub fn tell_transitions(&self, transitions: &Value) {
+        self.0.state().service.send(&ToChild::Transitions { transitions });
     }
 
     /// Size and type of objects that came without (scattered data), or why Python cannot open one.
@@ -254,15 +311,30 @@ impl Pool {
 
     /// Ends every process of the pool. Jobs are dropped without an event.
     pub async fn shutdown(&self) {
-        {
+        self.end(true).await;
+    }
+
+    /// The same for a worker whose nanny stays: plugins of the nanny are not torn down.
+    pub async fn shutdown_worker(&self) {
+        self.end(false).await;
+    }
+
+    async fn end(&self, nanny: bool) {
+        let limit = {
             let mut state = self.0.state();
             state.stopping = true;
             state.pending.clear();
             state.places.clear();
             state.retire_idle();
-        }
+            if state.has_plugins_to_run() {
+                state.service.leave(nanny);
+                TEARDOWN_TIMEOUT
+            } else {
+                EXIT_TIMEOUT
+            }
+        };
         // what users registered with atexit runs in runners that have nothing else to do
-        let _ = tokio::time::timeout(EXIT_TIMEOUT, self.0.idle_ended()).await;
+        let _ = tokio::time::timeout(limit, self.0.idle_ended()).await;
         let ended = self.0.state().zygote.stop();
         if let Some(ended) = ended
             && tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err()
@@ -283,6 +355,8 @@ impl WorkerInfo {
             ("local_directory", self.local_directory.into()),
             ("memory_limit", self.memory_limit.into()),
             ("scheduler_address", self.scheduler_address.into()),
+            ("nanny_address", self.nanny_address.into()),
+            ("nanny_id", self.nanny_id.into()),
         ])
     }
 }

@@ -7,10 +7,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use nix::sys::signal::Signal;
 use tokio::sync::Notify;
 
-use super::ipc::{self, FromChild, Outgoing, ToChild};
+use super::ipc::{self, FromChild, Outgoing, Target, ToChild};
 use super::link::{Inbox, Incoming, Link};
 use super::mailbox::Mailbox;
 use super::output::{Pipe, Read, Stream, Tail};
@@ -180,6 +181,14 @@ impl Runner {
         }
     }
 
+    /// Has it set plugins up, by name and pickle.
+    pub(super) fn plug(&self, plugins: &[(Value, Bytes)]) {
+        match Outgoing::new(&ToChild::Plugins { target: Target::Worker, plugins }, Vec::new()) {
+            Ok(message) => self.data.send(message),
+            Err(error) => tracing::warn!(%error, "a runner could not be told about plugins"),
+        }
+    }
+
     /// Kills it and whatever its task started.
     pub(super) fn kill(&mut self, cause: Cause) {
         self.doom.get_or_insert(cause);
@@ -318,6 +327,7 @@ pub(super) async fn serve_control(shared: Arc<Shared>, id: u64, mut inbox: Inbox
         };
         match ipc::parse(&message.bytes) {
             Ok(FromChild::Stacks { request, stacks }) => shared.stacks_came(request, stacks),
+            Ok(FromChild::Call { request, body }) => shared.call(id, request, body, message.fds),
             Ok(_) => return shared.condemn(id, Cause::Nonsense { text: "misplaced message".into() }),
             Err(error) => return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) }),
         }

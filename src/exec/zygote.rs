@@ -28,10 +28,14 @@ const BOOT: &str = include_str!("runner/boot.py");
 
 /// The sources, in the order of their imports. The name of `task` makes Dask cut its frames from tracebacks as it cuts
 /// its own worker's.
-const MODULES: [(&str, &str, &str); 5] = [
+const MODULES: [(&str, &str, &str); 9] = [
     ("channel", "iqoqo-dask-worker/distributed/worker_channel.py", include_str!("runner/channel.py")),
+    ("calls", "iqoqo-dask-worker/runner/calls.py", include_str!("runner/calls.py")),
+    ("shuffle", "iqoqo-dask-worker/runner/shuffle.py", include_str!("runner/shuffle.py")),
     ("worker", "iqoqo-dask-worker/runner/worker.py", include_str!("runner/worker.py")),
+    ("plugins", "iqoqo-dask-worker/runner/plugins.py", include_str!("runner/plugins.py")),
     ("task", "iqoqo-dask-worker/distributed/worker.py", include_str!("runner/task.py")),
+    ("nanny", "iqoqo-dask-worker/runner/nanny.py", include_str!("runner/nanny.py")),
     ("service", "iqoqo-dask-worker/runner/service.py", include_str!("runner/service.py")),
     ("zygote", "iqoqo-dask-worker/runner/zygote.py", include_str!("runner/zygote.py")),
 ];
@@ -233,14 +237,14 @@ impl Shared {
         }
     }
 
-    fn child_ended(&self, child: u64, cause: Cause, peak: u64) {
+    fn child_ended(self: &Arc<Self>, child: u64, cause: Cause, peak: u64) {
         if !self.service_ended(child, &cause) {
             self.runner_ended(child, cause, peak);
         }
     }
 
     /// All that the zygote forked dies with it.
-    fn zygote_lost(&self) {
+    fn zygote_lost(self: &Arc<Self>) {
         let children: Vec<u64> = self.state().runners.keys().copied().collect();
         for child in children {
             self.condemn(child, Cause::ZygoteLost);
@@ -263,6 +267,13 @@ fn launch(shared: &Arc<Shared>) -> Result<Launched, Error> {
     for secret in &config.secrets {
         command.env_remove(secret);
     }
+    let nanny = shared.state().nanny.clone();
+    for (name, value) in &nanny.variables {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
     // The kernel ends the zygote when the thread that made it ends: so that thread must live as long.
     let (started, ended) = (std::sync::mpsc::channel(), oneshot::channel());
     let thread = std::thread::Builder::new().name("zygote".into()).stack_size(128 * 1024);
@@ -281,7 +292,7 @@ fn launch(shared: &Arc<Shared>) -> Result<Launched, Error> {
     let pid = started.1.recv().unwrap_or_else(|_| Err(gone())).map_err(io)?;
 
     let link = Link::new(ours).map_err(sys)?;
-    link.send(boot_message(shared));
+    link.send(boot_message(shared, &nanny.path));
     let tail = Arc::<Mutex<Tail>>::default();
     for pipe in pipes {
         let tail = tail.clone();
@@ -299,7 +310,7 @@ fn launch(shared: &Arc<Shared>) -> Result<Launched, Error> {
 }
 
 /// The sources and what they need to know, as JSON behind a head like any message's.
-fn boot_message(shared: &Shared) -> Outgoing {
+fn boot_message(shared: &Shared, path: &[String]) -> Outgoing {
     let modules: Vec<HashMap<&str, &str>> = MODULES
         .iter()
         .map(|(name, file, source)| HashMap::from([("name", *name), ("file", file), ("source", source)]))
@@ -307,6 +318,7 @@ fn boot_message(shared: &Shared) -> Outgoing {
     let boot = serde_json::json!({
         "argv": shared.config.argv,
         "local_directory": shared.config.local_directory.to_string_lossy(),
+        "path": path,
         "modules": modules,
     });
     let body = boot.to_string().into_bytes();

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::proto::{Address, Key};
+use crate::proto::{Address, Key, Value};
 
 use super::collections::Id;
 use super::event::StartStop;
@@ -243,6 +243,23 @@ impl WorkerState {
     /// Adds a record of the driver's to the transition log.
     pub fn log(&mut self, now: f64, stimulus_id: Arc<str>, entry: LogEntry) {
         self.log.push(LogRecord { entry, stimulus_id, time: now });
+    }
+
+    /// Whether transitions are to be kept for [`WorkerState::watched`].
+    pub fn watch(&mut self, on: bool) {
+        match on {
+            true => _ = self.watched.get_or_insert_default(),
+            false => self.watched = None,
+        }
+    }
+
+    /// Transitions since this was last asked, as lists of key, old and new state (`WorkerPlugin.transition`).
+    pub fn watched(&mut self) -> Option<Value> {
+        let watched = self.watched.as_mut().filter(|watched| !watched.is_empty())?;
+        let transitions = watched
+            .drain(..)
+            .map(|(key, start, finish)| vec![(&key).into(), start.as_str().into(), finish.as_str().into()]);
+        Some(Value::List(transitions.map(Value::List).collect()))
     }
 
     /// User code of a task begins at `now` (unix seconds).

@@ -132,6 +132,8 @@ pub struct WorkerState {
     task_counter: TaskCounter,
     log: Ring<LogRecord>,
     stimulus_log: Ring<(f64, Event)>,
+    /// Transitions that nobody was told of yet, where somebody wants to be.
+    watched: Option<Vec<(Key, StateName, StateName)>>,
 
     /// Number of events handled; marks what the current one has touched.
     step: u64,
@@ -193,6 +195,7 @@ impl WorkerState {
             task_counter: TaskCounter::default(),
             log: Ring::new(log_length),
             stimulus_log: Ring::new(log_length),
+            watched: None,
             step: 0,
             touched: Vec::new(),
             new_tasks: Vec::new(),

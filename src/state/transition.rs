@@ -79,6 +79,8 @@ impl WorkerState {
                 return Err(self.invalid_transition(id, start, goal));
             }
             self.through_released(id, start, finish, step, recs)?;
+        } else if let Some(watched) = &mut self.watched {
+            watched.push((self.tasks[id].key.clone(), start, goal));
         }
         let recommendations: SmallVec<[(Key, StateName); 1]> =
             recs[before..].iter().map(|(id, f)| (self.tasks[*id].key.clone(), f.name())).collect();

@@ -25,7 +25,7 @@ def boot() -> None:
     # what `dask worker` has: the scratch directory and that of its script, not the working directory
     if sys.path[:1] == [""]:
         del sys.path[0]
-    sys.path[:0] = [start["local_directory"], os.path.dirname(sys.executable)]
+    sys.path[:0] = [start["local_directory"], *start["path"], os.path.dirname(sys.executable)]
     # users' __main__ is not this
     sys.modules["__main__"] = types.ModuleType("__main__")
     package = types.ModuleType("iqoqo_runner")

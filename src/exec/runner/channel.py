@@ -16,6 +16,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
@@ -43,6 +44,9 @@ RUN: Final = 11
 EXIT: Final = 12
 STACKS: Final = 13
 INTERRUPT: Final = 14
+PLUGINS: Final = 15
+UNPLUG: Final = 16
+LEAVE: Final = 17
 FINISHED: Final = 20
 FAILED: Final = 21
 RESCHEDULE: Final = 22
@@ -50,10 +54,19 @@ SKIPPED: Final = 23
 SECEDED: Final = 24
 EVENT: Final = 25
 SCATTERED: Final = 26
+PLUGIN_ADDED: Final = 27
+PLUGIN_REMOVED: Final = 28
+HOLDS: Final = 29
 REQUEST: Final = 30
 REPLY: Final = 31
 DESCRIBE: Final = 32
 DESCRIBED: Final = 33
+CALL: Final = 34
+RETURN: Final = 35
+STREAM: Final = 36
+TRANSITIONS: Final = 37
+BEAT: Final = 38
+ENVIRONMENT: Final = 39
 
 SERIALIZED: Final = 0
 PICKLED: Final = 1
@@ -348,6 +361,10 @@ class Descriptors:
             os.close(fd)
         self._fds = []
         self._views = {}
+
+    def path(self, index: int) -> Path:
+        """Where a file can be opened while this is."""
+        return Path(f"/proc/self/fd/{self._fds[index]}")
 
     def view(self, index: int, offset: int, length: int, packed: int = 0) -> Any:
         """A private, writable buffer: what is written to it is seen by nobody else.

@@ -1,7 +1,8 @@
 """The service process: what exists once for each worker in Dask, on an event loop.
 
 Gets whole comm messages from the daemon, for ops that the daemon itself does not answer, and gives back the
-reply's frames. Runs no tasks.
+reply's frames. Holds the plugins, with their ops and what they have for heartbeats; answers runners' calls.
+Runs no tasks.
 """
 
 from __future__ import annotations
@@ -9,23 +10,29 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import pickle
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import dask
 import distributed.worker
-from distributed.core import error_message
+from distributed.core import ConnectionPool, error_message
+from distributed.diagnostics.plugin import _get_plugin_name
 from distributed.protocol import dumps, loads
 from tornado.ioloop import IOLoop
 
-from . import channel
+from . import calls, channel, plugins
 from .channel import Channel, Closed, Descriptors, clean
+from .nanny import Nanny
+from .shuffle import NAME as SHUFFLE
+from .shuffle import ServiceShuffle
 from .worker import Worker
 
 TARGETS: Final = ("Worker", "Nanny")
 # Ops of stock workers and nannies that are not supported yet. An op that nobody knows is answered with None,
 # which callers of these would take for an answer.
 NOT_YET: Final = frozenset(
-    """plugin-add plugin-remove plugin_add plugin_remove upload_file profile profile_metadata
+    """profile profile_metadata
     actor_execute actor_attribute benchmark_disk benchmark_memory benchmark_network""".split()
 )
 
@@ -38,7 +45,13 @@ class Service:
     def __init__(self, data: Channel) -> None:
         self.data = data
         self.worker: Worker
+        self.nanny: Nanny
+        self.shuffle: ServiceShuffle
         self._requests: set[asyncio.Task[None]] = set()
+        #: Sets up the plugins that were there before this process; whoever needs plugins waits for it.
+        self._begun: asyncio.Task[None] | None = None
+        self._held: tuple[bool, bool] | None = None
+        self._closed: asyncio.Future[None]
 
     def serve(self) -> None:
         """Answers until the daemon closes the connection."""
@@ -46,15 +59,33 @@ class Service:
 
     async def _serve(self) -> None:
         self.worker = Worker(self.data, IOLoop.current())
-        self.worker.handlers.update(run=self._run, run_coroutine=self._run)
+        self.worker.rpc = await ConnectionPool(timeout=dask.config.get("distributed.comm.timeouts.connect"))
+        self.nanny = Nanny(self.worker)
+        self.nanny.handlers.update(
+            {
+                "run": self._run_on_nanny,
+                "plugin_add": self._nanny_plugin_add,
+                "plugin_remove": self._nanny_plugin_remove,
+            }
+        )
+        self.worker.handlers.update(
+            {
+                "run": self._run,
+                "run_coroutine": self._run,
+                "plugin-add": self._plugin_add,
+                "plugin-remove": self._plugin_remove,
+                "upload_file": self.worker.upload_file,
+            }
+        )
+        self.shuffle = ServiceShuffle(self.worker)
         self.worker.install()
         self.data.do_not_wait()
         loop = asyncio.get_running_loop()
-        closed = loop.create_future()
-        loop.add_reader(self.data.fileno(), self._receive, closed)
-        await closed
+        self._closed = loop.create_future()
+        loop.add_reader(self.data.fileno(), self._receive)
+        await self._closed
 
-    def _receive(self, closed: asyncio.Future[None]) -> None:
+    def _receive(self) -> None:
         try:
             while True:
                 message, fds = self.data.receive()
@@ -65,11 +96,16 @@ class Service:
         except Exception as error:
             # after anything but the regular end it is not known which descriptors belong to what follows
             asyncio.get_running_loop().remove_reader(self.data.fileno())
-            if not closed.done():
+            if not self._closed.done():
                 if isinstance(error, Closed):
-                    closed.set_result(None)
+                    self._closed.set_result(None)
                 else:
-                    closed.set_exception(error)
+                    self._closed.set_exception(error)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._requests.add(task)  # type: ignore[arg-type]
+        task.add_done_callback(self._requests.discard)
 
     def _handle(self, message: tuple[Any, ...], descriptors: Descriptors) -> None:
         tag = message[0]
@@ -77,10 +113,20 @@ class Service:
             self.worker.configure(message[1])
         elif tag == channel.REQUEST:
             _, request, target, frames = message
-            opened = [f if type(f) is bytes else descriptors.view(*f) for f in frames]
-            task = asyncio.get_running_loop().create_task(self._request(request, target, opened))
-            self._requests.add(task)
-            task.add_done_callback(self._requests.discard)
+            self._spawn(self._request(request, target, open_frames(frames, descriptors)))
+        elif tag == channel.CALL:
+            _, request, body = message
+            self._spawn(self._call(request, *calls.unbundle(body, descriptors)))
+        elif tag == channel.STREAM:
+            self._spawn(self._stream(loads(open_frames(message[1], descriptors))))
+        elif tag == channel.TRANSITIONS:
+            self._transitions(message[1])
+        elif tag == channel.BEAT:
+            self._spawn(self._beat(message[1]))
+        elif tag == channel.PLUGINS:
+            self._begun = asyncio.get_running_loop().create_task(self._begin(self._begun, *message[1:]))
+        elif tag == channel.LEAVE:
+            self._spawn(self._leave(nanny=message[1]))
         elif tag == channel.DESCRIBE:
             _, request, objects = message
             described = [describe(obj, descriptors) for obj in objects]
@@ -88,17 +134,22 @@ class Service:
 
     async def _request(self, request: int, target: int, frames: list[Any]) -> None:
         try:
+            await self._plugged()
             serializers, result = await self._answer(target, frames)
             reply = dumps(result, serializers=serializers, context={"compression": None})
         except Exception as error:
             reply = dumps(error_message(error, status="uncaught-error"))
-        self._reply(request, reply)
+        self._tell_what_is_held()
+        restart = None
+        if TARGETS[target] == "Nanny":
+            restart, self.nanny.restart_reason = self.nanny.restart_reason, None
+        self._reply(request, reply, restart)
 
-    def _reply(self, request: int, frames: list[Any]) -> None:
+    def _reply(self, request: int, frames: list[Any], restart: str | None = None) -> None:
         (_, _, shared), fd = channel.share(b"", frames)
         fds = [] if fd is None else [fd]
         with Descriptors(fds):
-            self.data.send((channel.REPLY, request, shared), fds)
+            self.data.send((channel.REPLY, request, shared, restart), fds)
 
     async def _answer(self, target: int, frames: list[Any]) -> tuple[Any, Any]:
         """Serializers and result, as `distributed.core.Server._handle_comm` finds them."""
@@ -113,7 +164,7 @@ class Service:
                 f"The '{op}' handler has been explicitly disallowed in {name}, "
                 "possibly due to security concerns."
             )
-        handler = self.worker.handlers.get(op)
+        handler = (self.worker, self.nanny)[target].handlers.get(op)
         if handler is None and op in NOT_YET:
             raise NotImplementedError(f"this worker does not support {op!r} yet")
         if handler is None:
@@ -137,6 +188,148 @@ class Service:
         return distributed.worker.run(
             self.worker, comm, function=function, args=args, kwargs=kwargs, wait=wait
         )
+
+    def _run_on_nanny(self, comm: Any, **kwargs: Any) -> Any:
+        return distributed.worker.run(self.nanny, comm, **kwargs)
+
+    # plugins
+
+    async def _plugged(self) -> None:
+        if self._begun is not None:
+            await self._begun
+
+    async def _begin(
+        self, before: asyncio.Task[None] | None, target: int, pickled: Iterable[tuple[str, bytes]]
+    ) -> None:
+        """Sets up plugins that others know already."""
+        if before is not None:
+            await before
+        for name, plugin in pickled:
+            try:
+                if TARGETS[target] == "Nanny":
+                    await self.nanny.plugin_add(plugin=plugin, name=name)
+                else:
+                    await self._add_to_worker(plugin, name)
+            except Exception:
+                logger.exception("%s plugin %s cannot be set up", TARGETS[target], name)
+        self._tell_what_changed()
+
+    async def _add_to_worker(self, plugin: Any, name: str, catch_errors: bool = True) -> Any:
+        answer = await self.worker.plugin_add(plugin=plugin, name=name, catch_errors=catch_errors)
+        if name == SHUFFLE and answer["status"] == "OK":
+            self.shuffle.begin(self.worker.plugins[name])
+        return answer
+
+    async def _plugin_add(self, plugin: bytes, name: str | None = None, catch_errors: bool = True) -> Any:
+        if name is None:
+            name = _get_plugin_name(pickle.loads(plugin))
+        answer = await self._add_to_worker(plugin, name, catch_errors)
+        if answer["status"] == "OK":
+            self.data.send((channel.PLUGIN_ADDED, TARGETS.index("Worker"), name, plugin))
+        self._tell_what_changed()
+        return answer
+
+    async def _plugin_remove(self, name: str) -> Any:
+        answer = await self.worker.plugin_remove(name=name)
+        self.data.send((channel.PLUGIN_REMOVED, TARGETS.index("Worker"), name))
+        self._tell_what_changed()
+        return answer
+
+    async def _nanny_plugin_add(self, plugin: bytes, name: str | None = None) -> Any:
+        if name is None:
+            name = _get_plugin_name(pickle.loads(plugin))
+        answer = await self.nanny.plugin_add(plugin=plugin, name=name)
+        if answer["status"] == "OK":
+            self.data.send((channel.PLUGIN_ADDED, TARGETS.index("Nanny"), name, plugin))
+        self._tell_what_changed()
+        return answer
+
+    async def _nanny_plugin_remove(self, name: str) -> Any:
+        answer = await self.nanny.plugin_remove(name=name)
+        self.data.send((channel.PLUGIN_REMOVED, TARGETS.index("Nanny"), name))
+        return answer
+
+    def _tell_what_changed(self) -> None:
+        changes = self.nanny.changes()
+        if changes is not None:
+            self.data.send((channel.ENVIRONMENT, *changes))
+        self._tell_what_is_held()
+
+    def _tell_what_is_held(self) -> None:
+        watched = any(map(plugins.wants_transitions, self.worker.plugins.values()))
+        held = watched, self.shuffle.holds_runs
+        # without plugins there is nothing to tell
+        if held != self._held and (self._held or self.worker.plugins):
+            self._held = held
+            self.data.send((channel.HOLDS, *held))
+
+    def _transitions(self, transitions: Iterable[tuple[Any, str, str]]) -> None:
+        watching = [item for item in self.worker.plugins.items() if plugins.wants_transitions(item[1])]
+        for key, start, finish in transitions:
+            for name, plugin in watching:
+                try:
+                    plugin.transition(key, start, finish)
+                except Exception:
+                    logger.info("Plugin '%s' failed with exception", name, exc_info=True)
+
+    async def _stream(self, message: dict[str, Any]) -> None:
+        """A message of a stream: it has no answer."""
+        await self._plugged()
+        op = message.pop("op")
+        try:
+            result = self.worker.stream_handlers[op](**message)
+            if inspect.isawaitable(result):
+                await result
+        except Exception:
+            logger.exception("Exception while handling stream op %s", op)
+        self._tell_what_is_held()
+
+    async def _beat(self, request: int) -> None:
+        extensions = {}
+        for name, extension in self.worker.extensions.items():
+            if hasattr(extension, "heartbeat"):
+                try:
+                    extensions[name] = extension.heartbeat()
+                except Exception:
+                    logger.exception("Extension %s failed at a heartbeat", name)
+        digests = self.worker.digests_total_since_heartbeat
+        told = [(name, float(value)) for name, value in digests.items()]
+        digests.clear()
+        try:
+            frames = dumps({"extensions": extensions, "digests": told}, context={"compression": None})
+        except Exception as error:
+            logger.exception("What extensions have for the heartbeat cannot be sent")
+            frames = dumps(error_message(error))
+        self._reply(request, frames)
+        self._tell_what_is_held()
+
+    async def _call(self, request: int, op: str, args: tuple[Any, ...]) -> None:
+        await self._plugged()
+        try:
+            body, fds = await self._calls[op](*args)
+        except Exception as error:
+            body, fds = calls.bundle(calls.failure(error))
+        self._tell_what_is_held()
+        with Descriptors(fds):
+            self.data.send((channel.RETURN, request, body), fds)
+
+    @property
+    def _calls(self) -> dict[str, Callable[..., Awaitable[tuple[bytes, list[int]]]]]:
+        return self.shuffle.calls
+
+    async def _leave(self, *, nanny: bool) -> None:
+        await self._plugged()
+        for name in list(self.worker.plugins):
+            await self.worker.plugin_remove(name)
+        if nanny:
+            for name in list(self.nanny.plugins):
+                await self.nanny.plugin_remove(name)
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+
+def open_frames(frames: Iterable[Any], descriptors: Descriptors) -> list[Any]:
+    return [f if type(f) is bytes else descriptors.view(*f) for f in frames]
 
 
 def describe(obj: tuple[Any, ...], descriptors: Descriptors) -> tuple[int, bytes, str] | str:

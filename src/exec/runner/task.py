@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import logging
 import mmap
@@ -31,7 +32,8 @@ from distributed.exceptions import Reschedule
 from distributed.sizeof import safe_sizeof
 from distributed.utils import thread_state
 
-from . import channel
+from . import channel, plugins
+from .calls import Calls
 from .channel import Channel, Closed, Descriptors, clean
 from .worker import Worker
 
@@ -60,6 +62,8 @@ class Runner:
         self.control = control
         self.worker = Worker(data)
         self.worker.on_secede = self._on_secede
+        self.worker.call = Calls(control)
+        self.worker.upload_file = functools.partial(plugins.upload_file, self.worker)  # type: ignore[method-assign]
         shared = memoryview(mmap.mmap(mailbox, ROOM_OFFSET + channel.ROOM))
         self.mailbox = shared[: 8 * (2 + RING)].cast("Q")
         self.room = channel.Room(shared[ROOM_OFFSET:], self.mailbox[1 + RING :])
@@ -88,7 +92,12 @@ class Runner:
                     self._run(message, fds)
                 elif tag == channel.CONFIGURE:
                     self.worker.configure(message[1])
+                elif tag == channel.PLUGINS:
+                    plugins.set_up(self.worker, message[2])
+                elif tag == channel.UNPLUG:
+                    plugins.tear_down(self.worker, message[1])
                 elif tag == channel.EXIT:
+                    plugins.tear_down_all(self.worker)
                     return
                 else:
                     raise RuntimeError(f"unknown message {tag!r} from the daemon")
@@ -271,8 +280,10 @@ class Runner:
     def _control(self) -> None:
         with contextlib.suppress(Closed, OSError):
             while True:
-                message, _ = self.control.receive()
-                if message[0] == channel.STACKS:
+                message, fds = self.control.receive()
+                if message[0] == channel.RETURN:
+                    self.worker.call.answered(message[1], message[2], fds)
+                elif message[0] == channel.STACKS:
                     self.control.send((channel.STACKS, message[1], self._stacks()))
                 elif message[0] == channel.INTERRUPT:
                     self.interrupted = message[1]

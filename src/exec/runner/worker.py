@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
 import dask
 import distributed.worker
 from dask.utils import parse_timedelta
 from distributed import threadpoolexecutor
-from distributed.core import rpc
+from distributed.core import Status, rpc
 from distributed.protocol import dumps
 from distributed.utils import in_async_call, thread_state
 from distributed.worker_state_machine import SecedeEvent
@@ -83,6 +84,18 @@ class State:
         self.nthreads = 1
 
 
+_FIELDS = (
+    "address",
+    "name",
+    "id",
+    "nthreads",
+    "local_directory",
+    "memory_limit",
+    "nanny_address",
+    "nanny_id",
+)
+
+
 class Worker:
     """The worker as user code sees it."""
 
@@ -104,12 +117,23 @@ class Worker:
         self.scheduler = Scheduler()
         # results live in the daemon: nothing is found here, and Dask's client then asks the daemon
         self.data: dict[Any, Any] = {}
+        self.status = Status.running
+        self.nanny_address = ""
+        self.nanny_id = ""
         self.plugins: dict[str, Any] = {}
+        # what plugins put here counts in the service process, which has the worker's address
         self.handlers: dict[str, Callable[..., Any]] = {}
+        self.stream_handlers: dict[str, Callable[..., Any]] = {}
+        self.extensions: dict[str, Any] = {}
+        self.digests_total_since_heartbeat: defaultdict[Hashable, float] = defaultdict(float)
+        #: In the service process: connections to peers.
+        self.rpc: Any = None
+        #: In a runner: calls of the service process.
+        self.call: Any = None
 
     def configure(self, info: dict[str, Any]) -> None:
         """Takes over what the daemon says about itself."""
-        for field in ("address", "name", "id", "nthreads", "local_directory", "memory_limit"):
+        for field in _FIELDS:
             if field in info:
                 setattr(self, field, info[field])
         self.state.nthreads = self.nthreads
@@ -216,9 +240,36 @@ class Worker:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
+    contact_address = worker_address
+    address_safe = worker_address
+
+    @property
+    def nanny(self) -> str | None:
+        """The nanny's address."""
+        return self.nanny_address or None
+
     def get_current_task(self) -> Any:
         """The key of the task that runs in this thread."""
         return thread_state.key
+
+    # what plugins and their users call, as it is in Dask
+
+    async def plugin_add(self, plugin: Any, name: str | None = None, catch_errors: bool = True) -> Any:
+        return await distributed.Worker.plugin_add(  # type: ignore[arg-type]
+            self, plugin=plugin, name=name, catch_errors=catch_errors
+        )
+
+    async def plugin_remove(self, name: str) -> Any:
+        return await distributed.Worker.plugin_remove(self, name=name)  # type: ignore[arg-type]
+
+    async def upload_file(self, filename: str, data: str | bytes, load: bool = True) -> dict[str, Any]:
+        return await distributed.Worker.upload_file(  # type: ignore[arg-type]
+            self, filename=filename, data=data, load=load
+        )
+
+    def digest_metric(self, name: Hashable, value: float) -> None:
+        """Adds to what the next heartbeat tells."""
+        self.digests_total_since_heartbeat[name] += value
 
     def log_event(self, topic: Any, msg: Any) -> None:
         """Logs an event on the scheduler, as `distributed.Worker.log_event`."""
