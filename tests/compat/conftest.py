@@ -172,7 +172,7 @@ def tally(tmp_path: Path) -> Callable[[str], Tally]:
 
 @pytest.fixture(autouse=True)
 def plain_config() -> Iterator[None]:
-    """P2P shuffles are not part of this suite; collections exchange data by tasks."""
+    """Collections exchange data by tasks, but where a test is about P2P shuffles."""
     with dask.config.set({"dataframe.shuffle.method": "tasks", "array.rechunk.method": "tasks"}):
         yield
 
