@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::exec;
 use crate::proto::{Key, RunId};
@@ -15,6 +15,8 @@ use crate::proto::{Key, RunId};
 const WORK_AHEAD: f64 = 2e-3;
 /// Most tasks that lie ready in one runner.
 pub const DEPTH_MAX: usize = 16;
+/// Longest mean duration of tasks that are called brief, in seconds: about what it takes to wake a process.
+const BRIEF: f64 = 1e-4;
 /// Weight of the latest task in the mean duration of its prefix.
 const SMOOTHING: f64 = 0.2;
 
@@ -26,6 +28,8 @@ pub(super) struct Ahead {
     early: FxHashMap<Key, exec::Event>,
     /// Mean duration by prefix.
     seconds: FxHashMap<Arc<str>, f64>,
+    /// Prefixes of tasks that have written something.
+    wrote: FxHashSet<Arc<str>>,
 }
 
 /// A task in a runner's queue, or begun by the runner itself.
@@ -54,6 +58,19 @@ impl Ahead {
             Some(mean) => ((WORK_AHEAD / mean.max(1e-6)) as usize).clamp(1, DEPTH_MAX),
             None => 1,
         }
+    }
+
+    /// Notes that a task of `prefix` has written something.
+    pub(super) fn wrote(&mut self, prefix: &str) {
+        if !self.wrote.contains(prefix) {
+            self.wrote.insert(prefix.into());
+        }
+    }
+
+    /// Whether tasks of `prefix` take less time than waking another process would. Not those that write: whose a line
+    /// is can be told only while each result comes by itself.
+    pub(super) fn is_brief(&self, prefix: &str) -> bool {
+        self.seconds.get(prefix).is_some_and(|mean| *mean < BRIEF) && !self.wrote.contains(prefix)
     }
 
     /// A runner was handed `key`.
@@ -108,12 +125,17 @@ mod tests {
     #[test]
     fn short_tasks_go_deeper() {
         let mut ahead = Ahead::default();
-        assert_eq!(ahead.depth("new"), 1);
+        assert_eq!((ahead.depth("new"), ahead.is_brief("new")), (1, false));
         let (short, long): (Arc<str>, Arc<str>) = ("inc".into(), "fit".into());
         ahead.took(&short, 20e-6);
         ahead.took(&long, 3.0);
-        assert_eq!(ahead.depth("inc"), DEPTH_MAX);
-        assert_eq!(ahead.depth("fit"), 1);
+        assert_eq!((ahead.depth("inc"), ahead.is_brief("inc")), (DEPTH_MAX, true));
+        ahead.took(&"say".into(), 20e-6);
+        ahead.wrote("say");
+        assert!(!ahead.is_brief("say"));
+        assert_eq!((ahead.depth("fit"), ahead.is_brief("fit")), (1, false));
+        ahead.took(&short, 0.01);
+        assert!(!ahead.is_brief("inc"), "one that was not brief is enough to doubt the next");
         for _ in 0..20 {
             ahead.took(&short, 1.0);
         }

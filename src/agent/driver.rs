@@ -182,6 +182,7 @@ impl Driver {
                 break end;
             }
             self.hand_ahead();
+            self.pool.flush();
         };
         self.finish(end).await
     }

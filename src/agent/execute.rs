@@ -15,6 +15,8 @@ use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName,
 use crate::store::{Lookup, Object};
 use crate::telemetry::CauseLabel;
 
+/// Longest pickle of a task that may be called brief: opening it takes time too.
+const BRIEF_BYTES: usize = 16 * 1024;
 /// Attempts to start the interpreter before the worker gives up.
 const INTERPRETER_ATTEMPTS: u32 = 3;
 
@@ -95,7 +97,13 @@ impl Driver {
         if !on_disk.is_empty() {
             return Err(NoJob::OnDisk { inputs: on_disk, others: inputs });
         }
-        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations })
+        let brief = self.ahead.is_brief(task.prefix())
+            && run_spec.frames.is_empty()
+            && run_spec.header.len() < BRIEF_BYTES
+            && inputs
+                .iter()
+                .all(|(_, object)| object.shared_bytes() == 0 && object.heap_bytes() < BRIEF_BYTES as u64);
+        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations, brief })
     }
 
     /// Gives busy runners what comes next, so that they need not wait for it.
@@ -311,7 +319,10 @@ impl Driver {
     }
 
     /// A line that a task or process wrote.
-    fn lines(&self, line: &exec::Line) {
+    fn lines(&mut self, line: &exec::Line) {
+        if let Some(key) = &line.key {
+            self.ahead.wrote(&key.prefix());
+        }
         let key = line.key.as_ref().map(ToString::to_string);
         let stream = match line.stream {
             Stream::Stdout => "stdout",

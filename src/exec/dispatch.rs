@@ -4,6 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustc_hash::FxHashMap;
 
@@ -21,6 +22,10 @@ use crate::wire::{Limits, decode_message};
 
 /// Runners in a row that may end before they ran anything; then jobs fail instead of waiting for the next.
 const BARREN_MAX: u32 = 3;
+/// Brief jobs that are put into one runner while others are idle: fewer wake-ups for all of them.
+const COMPANY_MAX: usize = 4;
+/// How long a job that seemed brief may hold up others.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 impl State {
     /// Runners that count for the pool's width.
@@ -33,15 +38,18 @@ impl State {
         if self.stopping {
             return;
         }
-        match self.find_runner(shared) {
+        match self.find_runner(shared, attempt.job.brief) {
             Ok(Some(id)) => self.hand_over(shared, id, attempt, false),
             Ok(None) => self.pending.push_back(attempt),
             Err(text) => fail(shared, &attempt.job, &Exception::builtin("RuntimeError", text)),
         }
     }
 
-    /// An idle runner, or a new one if there may be one more.
-    fn find_runner(&mut self, shared: &Arc<Shared>) -> Result<Option<u64>, String> {
+    /// An idle runner, or a new one if there may be one more. For a brief job, one that others are about to be sent to.
+    fn find_runner(&mut self, shared: &Arc<Shared>, brief: bool) -> Result<Option<u64>, String> {
+        if brief && let Some(id) = self.company() {
+            return Ok(Some(id));
+        }
         if let Some(id) = self.idle.pop() {
             return Ok(Some(id));
         }
@@ -49,6 +57,13 @@ impl State {
             return self.fork(shared).map(Some).map_err(|error| telemetry::chain(&error));
         }
         Ok(None)
+    }
+
+    fn company(&self) -> Option<u64> {
+        let id = *self.unsent.last()?;
+        let runner = self.runners.get(&id).filter(|runner| runner.is_usable())?;
+        let brief = runner.queue.iter().all(|queued| queued.attempt.job.brief);
+        (brief && runner.queue.len() < COMPANY_MAX).then_some(id)
     }
 
     /// Asks the zygote for a runner, which can be handed jobs at once.
@@ -73,15 +88,24 @@ impl State {
     }
 
     /// Gives a job to a runner. One that cannot be sent fails.
-    fn hand_over(&mut self, shared: &Shared, id: u64, attempt: Attempt, prefetched: bool) {
+    fn hand_over(&mut self, shared: &Arc<Shared>, id: u64, attempt: Attempt, prefetched: bool) {
         let Some(runner) = self.runners.get_mut(&id) else {
             self.pending.push_front(attempt);
             return;
         };
-        let key = attempt.job.key.clone();
+        let (key, brief) = (attempt.job.key.clone(), attempt.job.brief);
         match runner.hand_over(attempt, prefetched) {
             Ok(seq) => {
                 self.places.insert(key, (id, seq));
+                if !brief {
+                    runner.data.flush();
+                } else if !self.unsent.contains(&id) {
+                    self.unsent.push(id);
+                }
+                if runner.has_company() && !self.watched {
+                    self.watched = true;
+                    tokio::spawn(watch(shared.clone()));
+                }
             }
             Err((attempt, error)) => {
                 let text =
@@ -90,6 +114,65 @@ impl State {
                 self.rest(id);
             }
         }
+    }
+
+    /// Sends what is queued for runners.
+    pub(super) fn flush(&mut self) {
+        for id in self.unsent.drain(..) {
+            if let Some(runner) = self.runners.get(&id) {
+                runner.data.flush();
+            }
+        }
+    }
+
+    /// Looks for jobs that were not as brief as expected: what waits behind one goes elsewhere, what was done before it
+    /// is asked for. False when there is nothing to look after.
+    fn part_company(&mut self, shared: &Arc<Shared>) -> bool {
+        let ids: Vec<u64> = self.runners.keys().copied().collect();
+        self.watched = false;
+        for id in ids {
+            let Some(runner) = self.runners.get_mut(&id).filter(|runner| runner.has_company()) else {
+                continue;
+            };
+            self.watched = true;
+            let (started, looked_at) = (runner.mailbox.started(), runner.looked_at);
+            runner.looked_at = runner.last_seq();
+            if runner.queue.front().is_some_and(|queued| queued.seq < started && queued.seq <= looked_at)
+                && let Ok(message) = Outgoing::new(&ToChild::HandOver, Vec::new())
+            {
+                runner.control.send(message);
+            }
+            self.take_back(id, |queued| {
+                queued.seq > started && queued.seq <= looked_at && !queued.prefetched
+            });
+        }
+        self.fill(shared);
+        self.flush();
+        self.watched
+    }
+
+    /// Takes jobs that have not started from a runner: they wait for another one. Returns those that were prefetched,
+    /// which are nobody's then.
+    fn take_back(&mut self, id: u64, which: impl Fn(&Queued) -> bool) -> Vec<(Key, RunId)> {
+        let mut nobodys = Vec::new();
+        let Some(runner) = self.runners.get_mut(&id) else { return nobodys };
+        for queued in runner.queue.iter_mut().skip(1).filter(|queued| queued.recall == Recalled::No) {
+            if !which(queued) {
+                continue;
+            }
+            if !runner.mailbox.revoke(queued.seq) {
+                queued.recall = Recalled::Asked;
+                continue;
+            }
+            queued.recall = Recalled::Yes;
+            forget_place(&mut self.places, id, queued);
+            if queued.prefetched {
+                nobodys.push((queued.key().clone(), queued.attempt.job.run_id));
+            } else {
+                self.pending.push_back(queued.attempt.clone());
+            }
+        }
+        nobodys
     }
 
     /// Notes that a runner has nothing to do, if that is so.
@@ -103,7 +186,7 @@ impl State {
     /// Gives waiting jobs to runners that can take them.
     pub(super) fn fill(&mut self, shared: &Arc<Shared>) {
         while let Some(attempt) = self.pending.pop_front() {
-            match self.find_runner(shared) {
+            match self.find_runner(shared, attempt.job.brief) {
                 Ok(Some(id)) => self.hand_over(shared, id, attempt, false),
                 Ok(None) => {
                     self.pending.push_front(attempt);
@@ -114,18 +197,26 @@ impl State {
         }
     }
 
-    pub(super) fn prefetch(&mut self, shared: &Shared, job: Job) -> Result<(), Job> {
+    pub(super) fn prefetch(&mut self, shared: &Arc<Shared>, job: Job) -> Result<(), Job> {
         let room = shared.config.prefetch;
         let candidates = self.runners.iter().filter(|(_, runner)| {
             runner.is_usable() && runner.current().is_some() && runner.waiting() < room
         });
-        match candidates.min_by_key(|(_, runner)| runner.waiting()) {
-            Some((&id, _)) => {
-                self.hand_over(shared, id, Attempt { job: Arc::new(job), crashes: 0 }, true);
-                Ok(())
+        let Some((&id, runner)) = candidates.min_by_key(|(_, runner)| runner.waiting()) else {
+            return Err(job);
+        };
+        let attempt = Attempt { crashes: 0, job: Arc::new(job) };
+        match self.idle.last() {
+            // brief jobs that the state machine has started keep each other company: there is enough for another runner
+            Some(_) if attempt.job.brief && runner.queue.len() >= COMPANY_MAX => {
+                let (key, run_id) = (attempt.job.key.clone(), attempt.job.run_id);
+                let idle = self.idle.pop().unwrap_or(id);
+                self.hand_over(shared, idle, attempt, false);
+                shared.emit(Event::Started { key, run_id });
             }
-            None => Err(job),
+            _ => self.hand_over(shared, id, attempt, true),
         }
+        Ok(())
     }
 
     pub(super) fn prefetch_room(&self, room: usize) -> usize {
@@ -297,6 +388,7 @@ impl Shared {
             other => return self.user_says(other, &segments),
         }
         state.after(self, id);
+        state.flush();
         Ok(())
     }
 
@@ -430,6 +522,17 @@ impl Shared {
             self.emit(Event::RunnerDied { pid, cause, key: blamed, requeued });
         }
         state.fill(self);
+        state.flush();
+    }
+}
+
+/// Looks after jobs that share a runner until none do.
+async fn watch(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(PATIENCE).await;
+        if !shared.state().part_company(&shared) {
+            return;
+        }
     }
 }
 
@@ -450,7 +553,8 @@ impl State {
             let key = queued.key().clone();
             forget_place(&mut self.places, id, &queued);
             let Queued { seq, mut attempt, prefetched, recall, .. } = queued;
-            let ran = blamed.is_none() && seq <= started;
+            // what started before it was done, and its result kept: it is run again without blame
+            let ran = seq == started;
             if ran {
                 blamed = Some(key.clone());
             }
@@ -488,18 +592,9 @@ impl State {
         let current = runner.queue.front().filter(|queued| queued.seq == seq && !runner.seceded)?;
         shared.emit(Event::Seceded { key: current.key().clone(), compute_duration: duration });
         runner.seceded = true;
-        for queued in runner.queue.iter_mut().skip(1).filter(|queued| queued.recall == Recalled::No) {
-            // it cannot start while the other runs: this always succeeds
-            if runner.mailbox.revoke(queued.seq) {
-                queued.recall = Recalled::Yes;
-                forget_place(&mut self.places, id, queued);
-                if queued.prefetched {
-                    let (key, run_id) = (queued.key().clone(), queued.attempt.job.run_id);
-                    shared.emit(Event::Skipped { key, run_id });
-                } else {
-                    self.pending.push_back(queued.attempt.clone());
-                }
-            }
+        // none can start while the other runs
+        for (key, run_id) in self.take_back(id, |_| true) {
+            shared.emit(Event::Skipped { key, run_id });
         }
         self.fill(shared);
         Some(())

@@ -35,7 +35,15 @@ pub(super) enum ToChild<'a> {
     /// To a runner or the service: what the worker is.
     Configure(&'a Value),
     /// To a runner: run a task.
-    Run { seq: u64, key: &'a Key, spec: &'a Payload, inputs: &'a [(Key, Object)], annotations: &'a Value },
+    Run {
+        seq: u64,
+        key: &'a Key,
+        spec: &'a Payload,
+        inputs: &'a [(Key, Object)],
+        annotations: &'a Value,
+        /// The runner may keep the results before it until this one is there.
+        brief: bool,
+    },
     /// To a runner: end when all before this is done.
     Exit,
     /// To a runner or the service: plugins to set up, by name and pickle.
@@ -48,6 +56,8 @@ pub(super) enum ToChild<'a> {
     Stacks { request: u64 },
     /// To a runner's control thread: stop task `seq` if it runs.
     Interrupt { seq: u64 },
+    /// To a runner's control thread: hand over the results that are kept.
+    HandOver,
     /// To the service: answer a comm message.
     Request { request: u64, target: Target, frames: &'a [Bytes] },
     /// To the service: size and type of objects.
@@ -263,8 +273,8 @@ impl Writer {
                 self.head(2, 10);
                 self.value(info)?;
             }
-            ToChild::Run { seq, key, spec, inputs, annotations } => {
-                self.head(7, 11);
+            ToChild::Run { seq, key, spec, inputs, annotations, brief } => {
+                self.head(8, 11);
                 self.uint(*seq);
                 self.key(key)?;
                 self.spec(spec)?;
@@ -275,6 +285,7 @@ impl Writer {
                     self.object(object)?;
                 }
                 self.value(annotations)?;
+                let Ok(()) = encode::write_bool(&mut self.out, *brief);
             }
             ToChild::Exit => self.head(1, 12),
             ToChild::Stacks { request } => {
@@ -285,6 +296,7 @@ impl Writer {
                 self.head(2, 14);
                 self.uint(*seq);
             }
+            ToChild::HandOver => self.head(1, 18),
             ToChild::Request { request, target, frames } => {
                 self.head(4, 30);
                 self.uint(*request);

@@ -8,12 +8,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, Bytes, BytesMut};
+use smallvec::SmallVec;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::ipc::{self, HEAD, Outgoing};
 use crate::sys::{self, MAX_DESCRIPTORS, Received};
 
+/// Messages sent in one call, at most.
+const TOGETHER: usize = 16;
 /// Bytes read at once.
 const CHUNK: usize = 16 * 1024;
 
@@ -46,15 +49,25 @@ impl Link {
 
     /// Sends a message, now or as soon as there is room. A child that is gone shows at the receiving end.
     pub(super) fn send(&self, message: Outgoing) {
+        self.queue(message);
+        self.flush();
+    }
+
+    /// Takes a message that leaves with the next [`Link::flush`], in one call with the others.
+    pub(super) fn queue(&self, message: Outgoing) {
+        self.outbox().waiting.push_back(message);
+    }
+
+    /// Sends what is queued, now or as soon as there is room.
+    pub(super) fn flush(&self) {
         let mut outbox = self.outbox();
-        outbox.waiting.push_back(message);
         if outbox.flushing {
             return;
         }
         if !outbox.flush(self.0.fd.get_ref().as_fd()) {
             outbox.flushing = true;
             let link = self.clone();
-            tokio::spawn(async move { link.flush().await });
+            tokio::spawn(async move { link.finish().await });
         }
     }
 
@@ -65,7 +78,7 @@ impl Link {
 
     /// Sends what waits, as room comes. Only now the socket is watched for that: each message that the child takes
     /// makes room, and would wake the runtime.
-    async fn flush(&self) {
+    async fn finish(&self) {
         match sys::watch_again(self.0.fd.get_ref(), Interest::WRITABLE) {
             Ok(socket) => {
                 while let Ok(mut guard) = socket.writable().await {
@@ -86,30 +99,51 @@ impl Outbox {
     /// Sends what fits. True when nothing is left; what cannot ever be sent is dropped.
     fn flush(&mut self, socket: BorrowedFd<'_>) -> bool {
         while let Some(message) = self.waiting.front() {
-            let left = &message.fds[self.sent_fds..];
-            let now = left.len().min(MAX_DESCRIPTORS);
-            let fds: Vec<BorrowedFd<'_>> = left[..now].iter().map(AsFd::as_fd).collect();
-            // more descriptors than one call takes: a byte for each batch but the last
-            let end = if now < left.len() { self.sent + 1 } else { message.bytes.len() };
-            match sys::send(socket, &[IoSlice::new(&message.bytes[self.sent..end])], &fds) {
-                Ok(Some(sent)) => {
-                    self.sent += sent;
-                    self.sent_fds += now;
-                    if self.sent < message.bytes.len() {
-                        continue;
-                    }
-                }
+            let fds = (message.fds.len() - self.sent_fds).min(MAX_DESCRIPTORS);
+            match self.send(message, fds, socket) {
+                Ok(Some(sent)) => self.advance(sent, fds),
                 Ok(None) => return false,
                 Err(error) => {
                     tracing::debug!(%error, "a message to a child could not be sent");
                     self.waiting.clear();
+                    (self.sent, self.sent_fds) = (0, 0);
                 }
             }
-            self.waiting.pop_front();
-            self.sent = 0;
-            self.sent_fds = 0;
         }
         true
+    }
+
+    /// Sends what is left of the first message, with so many of its descriptors, and those behind it that have none.
+    fn send(
+        &self,
+        first: &Outgoing,
+        fds: usize,
+        socket: BorrowedFd<'_>,
+    ) -> Result<Option<usize>, sys::Error> {
+        let last = self.sent_fds + fds == first.fds.len();
+        let fds: Vec<_> = first.fds[self.sent_fds..][..fds].iter().map(AsFd::as_fd).collect();
+        // more descriptors than one call takes: a byte for each batch but the last
+        let end = if last { first.bytes.len() } else { self.sent + 1 };
+        let mut slices = SmallVec::<[IoSlice<'_>; TOGETHER]>::new();
+        slices.push(IoSlice::new(&first.bytes[self.sent..end]));
+        if last {
+            let others = self.waiting.iter().skip(1).take_while(|other| other.fds.is_empty());
+            slices.extend(others.take(TOGETHER - 1).map(|other| IoSlice::new(&other.bytes)));
+        }
+        sys::send(socket, &slices, &fds)
+    }
+
+    /// Forgets messages that are sent, and notes how much is of the first of the others.
+    fn advance(&mut self, bytes: usize, fds: usize) {
+        self.sent += bytes;
+        self.sent_fds += fds;
+        while let Some(message) = self.waiting.front()
+            && self.sent >= message.bytes.len()
+        {
+            self.sent -= message.bytes.len();
+            self.sent_fds = 0;
+            self.waiting.pop_front();
+        }
     }
 }
 

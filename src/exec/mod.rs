@@ -94,6 +94,9 @@ pub struct Job {
     pub inputs: Vec<(Key, Object)>,
     /// The task's annotations.
     pub annotations: Arc<Value>,
+    /// It probably takes less time than waking a process does. Such jobs wait for [`Pool::flush`] and then go to few
+    /// runners together, and their results may come together.
+    pub brief: bool,
 }
 
 /// What the worker is, for `get_worker()` and `dask_worker` in user code.

@@ -59,6 +59,10 @@ pub(super) struct State {
     pub(super) idle: Vec<u64>,
     /// Jobs without a runner.
     pub(super) pending: VecDeque<Attempt>,
+    /// Runners with jobs that are queued and not sent yet.
+    pub(super) unsent: Vec<u64>,
+    /// Somebody looks for stuck jobs now and then.
+    pub(super) watched: bool,
     /// Where a job is: runner and sequence number there.
     pub(super) places: FxHashMap<Key, (u64, u64)>,
     pub(super) zygote: Zygote,
@@ -182,6 +186,11 @@ impl Pool {
     /// The job itself, when no runner has room for it.
     pub fn prefetch(&self, job: Job) -> Result<(), Job> {
         self.0.state().prefetch(&self.0, job)
+    }
+
+    /// Sends brief jobs to their runners. Others did not wait for it.
+    pub fn flush(&self) {
+        self.0.state().flush();
     }
 
     /// Takes back a job that has not started.

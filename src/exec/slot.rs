@@ -84,6 +84,8 @@ pub(super) struct Runner {
     pub(super) exited: Arc<Notify>,
     pub(super) pipes: [Arc<Pipe>; 2],
     pub(super) tail: Tail,
+    /// Jobs up to this one were there when the pool last looked for stuck ones.
+    pub(super) looked_at: u64,
     next_seq: u64,
 }
 
@@ -126,12 +128,13 @@ impl Runner {
             exited: Arc::default(),
             pipes,
             tail: Tail::default(),
+            looked_at: 0,
             next_seq: 1,
         };
         Ok((runner, ends))
     }
 
-    /// Sends a job. On an error the runner is as it was.
+    /// Queues a job, to be sent with the next flush of the connection. On an error the runner is as it was.
     pub(super) fn hand_over(
         &mut self,
         attempt: Attempt,
@@ -144,9 +147,10 @@ impl Runner {
             spec: &job.run_spec,
             inputs: &job.inputs,
             annotations: &job.annotations,
+            brief: job.brief,
         };
         match Outgoing::new(&message, Vec::new()) {
-            Ok(message) => self.data.send(message),
+            Ok(message) => self.data.queue(message),
             Err(error) => return Err((attempt, error)),
         }
         self.next_seq += 1;
@@ -157,6 +161,16 @@ impl Runner {
     /// The job it runs or is about to run.
     pub(super) fn current(&self) -> Option<&Queued> {
         self.queue.iter().find(|queued| queued.recall != Recalled::Yes)
+    }
+
+    /// The job handed over last.
+    pub(super) fn last_seq(&self) -> u64 {
+        self.next_seq - 1
+    }
+
+    /// Whether it has only brief jobs, some of them behind others, so that results may be kept back.
+    pub(super) fn has_company(&self) -> bool {
+        self.queue.len() > 1 && self.queue.iter().take(2).all(|queued| queued.attempt.job.brief)
     }
 
     /// Jobs behind the current one.
@@ -309,7 +323,8 @@ pub(super) async fn serve(shared: Arc<Shared>, id: u64, mut inbox: Inbox, exited
 
 /// Acts on one message; false when it was nonsense.
 fn handle(shared: &Arc<Shared>, id: u64, message: Incoming) -> bool {
-    let result = ipc::parse(&message.bytes).and_then(|parsed| shared.runner_says(id, parsed, message.fds));
+    let parsed = ipc::parse(&message.bytes);
+    let result = parsed.and_then(|parsed| shared.runner_says(id, parsed, message.fds));
     if let Err(error) = result {
         shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) });
         return false;

@@ -153,39 +153,39 @@ impl Queue {
 
 /// What the task does next.
 enum Next {
-    Send(Vec<Value>),
+    Send { at_once: bool },
     Wait,
     End { gracefully: bool },
 }
 
 fn next(shared: &Shared) -> Next {
-    let mut queue = shared.lock();
-    if queue.aborted {
-        return Next::End { gracefully: false };
+    let queue = shared.lock();
+    match (queue.messages.is_empty(), queue.closing) {
+        _ if queue.aborted => Next::End { gracefully: false },
+        (false, at_once) => Next::Send { at_once },
+        (true, true) => Next::End { gracefully: true },
+        (true, false) => Next::Wait,
     }
-    if queue.messages.is_empty() {
-        return if queue.closing { Next::End { gracefully: true } } else { Next::Wait };
-    }
-    queue.bytes = 0;
-    Next::Send(std::mem::take(&mut queue.messages))
 }
 
 async fn run(shared: Arc<Shared>, mut writer: Writer, interval: Duration) {
+    let mut earliest = Instant::now();
     let gracefully = loop {
         match next(&shared) {
             Next::Wait => shared.wake.notified().await,
-            Next::End { gracefully } => break gracefully,
-            Next::Send(messages) => {
-                let started = Instant::now();
-                if let Err(error) = send(&shared, &mut writer, messages).await {
+            // a timer is set only when there is something to wait for: each costs a turn of the runtime
+            Next::Send { at_once: false } if Instant::now() < earliest => pause(&shared, earliest).await,
+            Next::Send { .. } => {
+                earliest = Instant::now() + interval;
+                if let Err(error) = send(&shared, &mut writer).await {
                     match error {
                         Error::Encode { .. } => warn!("stream ends: {}", error.chain()),
                         _ => info!("stream ends: {}", error.chain()),
                     }
                     break false;
                 }
-                pause(&shared, started + interval).await;
             }
+            Next::End { gracefully } => break gracefully,
         }
     };
     if gracefully {
@@ -197,9 +197,13 @@ async fn run(shared: Arc<Shared>, mut writer: Writer, interval: Duration) {
     shared.done.send_replace(true);
 }
 
-/// Sends one list; gives up when the stream is aborted while the peer takes nothing.
-async fn send(shared: &Shared, writer: &mut Writer, messages: Vec<Value>) -> Result<(), Error> {
-    let batch = Value::List(messages);
+/// Sends what waits as one list; gives up when the stream is aborted while the peer takes nothing.
+async fn send(shared: &Shared, writer: &mut Writer) -> Result<(), Error> {
+    let batch = {
+        let mut queue = shared.lock();
+        queue.bytes = 0;
+        Value::List(std::mem::take(&mut queue.messages))
+    };
     let aborted = async {
         loop {
             if shared.lock().aborted {

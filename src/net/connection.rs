@@ -17,7 +17,7 @@ use crate::wire::handshake::{Agreed, Info};
 use crate::wire::{self, Compression, Limits};
 
 /// Bytes read ahead; what is left over belongs to the next messages.
-const READ_AHEAD: usize = 64 * 1024;
+const READ_AHEAD: usize = 32 * 1024;
 
 /// Messages from this size on, in bytes, are encoded and decoded off the runtime's threads when compression may take
 /// its time, as `distributed.comm.offload` says.
@@ -342,18 +342,14 @@ impl Reader {
     /// Reads what is there. Holds a buffer only while something is: most connections are idle most of the time.
     async fn read_ahead(&mut self) -> Result<(), Error> {
         self.ahead = BytesMut::new();
-        loop {
-            self.io.readable().await.map_err(|source| self.lost(source))?;
-            self.ahead.reserve(READ_AHEAD);
-            match self.io.try_read_buf(&mut self.ahead) {
-                Ok(0) if self.deframer.is_idle() => {
-                    return Err(Error::Closed { peer: self.shared.peer.clone() });
-                }
-                Ok(0) => return Err(Error::Truncated { peer: self.shared.peer.clone() }),
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.ahead = BytesMut::new(),
-                Err(source) => return Err(self.lost(source)),
-            }
+        self.io.readable().await.map_err(|source| self.lost(source))?;
+        self.ahead.reserve(READ_AHEAD);
+        // unlike `try_read_buf` it takes a short read for the end of what is there, and does not ask once more
+        match self.io.read_buf(&mut self.ahead).await {
+            Ok(0) if self.deframer.is_idle() => Err(Error::Closed { peer: self.shared.peer.clone() }),
+            Ok(0) => Err(Error::Truncated { peer: self.shared.peer.clone() }),
+            Ok(_) => Ok(()),
+            Err(source) => Err(self.lost(source)),
         }
     }
 }

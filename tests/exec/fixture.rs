@@ -144,5 +144,6 @@ pub fn job_with(key: &str, code: &str, inputs: Vec<(Key, Object)>) -> Job {
         run_spec: forge::task(code),
         inputs,
         annotations: Arc::new(Value::Map(Vec::new())),
+        brief: false,
     }
 }

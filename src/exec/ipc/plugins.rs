@@ -59,6 +59,7 @@ impl Writer {
             | ToChild::Exit
             | ToChild::Stacks { .. }
             | ToChild::Interrupt { .. }
+            | ToChild::HandOver
             | ToChild::Request { .. }
             | ToChild::Describe { .. } => return Err(Error::Form { tag: None }),
         }

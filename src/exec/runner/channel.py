@@ -47,6 +47,7 @@ INTERRUPT: Final = 14
 PLUGINS: Final = 15
 UNPLUG: Final = 16
 LEAVE: Final = 17
+HAND_OVER: Final = 18
 FINISHED: Final = 20
 FAILED: Final = 21
 RESCHEDULE: Final = 22
@@ -114,6 +115,8 @@ class Channel:
         self._buffer = bytearray()
         self._chunk = _CHUNK
         self._fds: deque[int] = deque()
+        self._ready: deque[tuple[tuple[Any, ...], list[int]]] = deque()
+        self._held: list[bytes] = []
         self._lock = threading.Lock()
         self._pack = msgpack.Packer(autoreset=True, default=_encode_default).pack
 
@@ -132,11 +135,10 @@ class Channel:
 
         Raises Closed at the end.
         """
+        ready = self._ready
+        if ready:
+            return ready.popleft()
         while True:
-            if self._buffer:
-                message = self._take()
-                if message is not None:
-                    return message
             try:
                 data, ancillary, _, _ = self._recvmsg(self._chunk, _ANCILLARY, self._flags)
             except ConnectionError:
@@ -150,22 +152,33 @@ class Channel:
                 if length + 8 == len(data):
                     return unpack(data[8:]), self._descriptors(nfds) if nfds else []
             self._buffer += data
+            self._split()
+            if ready:
+                return ready.popleft()
 
-    def _take(self) -> tuple[tuple[Any, ...], list[int]] | None:
+    def _split(self) -> None:
+        """Takes the messages off the buffer that are there as a whole."""
         buffer = self._buffer
-        if len(buffer) < 8:
-            return None
-        length, nfds = _HEAD.unpack_from(buffer)
-        end = 8 + length
-        if len(buffer) < end:
-            # a large message: read on in large pieces until it is there
-            self._chunk = min(max(_CHUNK, end - len(buffer)), _CHUNK_MAX)
-            return None
+        start = 0
         self._chunk = _CHUNK
         with memoryview(buffer) as view:
-            message = unpack(view[8:end])
-        del buffer[:end]
-        return message, self._descriptors(nfds)
+            while len(buffer) - start >= 8:
+                length, nfds = _HEAD.unpack_from(buffer, start)
+                end = start + 8 + length
+                if len(buffer) < end:
+                    # a large message: read on in large pieces until it is there
+                    self._chunk = min(max(_CHUNK, end - len(buffer)), _CHUNK_MAX)
+                    break
+                self._ready.append((unpack(view[start + 8 : end]), self._descriptors(nfds) if nfds else []))
+                start = end
+        del buffer[:start]
+
+    def next_is_brief(self) -> bool:
+        """Whether the next message is here, and is a task that probably takes less time than a message."""
+        if not self._ready:
+            return False
+        message = self._ready[0][0]
+        return message[0] == RUN and message[-1]
 
     def _collect(self, ancillary: Iterable[tuple[int, int, bytes]]) -> None:
         for level, kind, data in ancillary:
@@ -180,17 +193,44 @@ class Channel:
         return [self._fds.popleft() for _ in range(count)]
 
     def send(self, message: Sequence[Any], fds: Sequence[int] = ()) -> None:
-        """Sends a message, waiting until there is room. Raises Closed when the daemon is gone."""
+        """Sends a message behind those that are held, waiting until there is room.
+
+        Raises Closed when the daemon is gone.
+        """
         body = self._pack(message)
         data = _HEAD.pack(len(body), len(fds)) + body
-        try:
-            with self._lock:
-                if not fds:
-                    self._sendall(data)
-                    return
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        with self._lock:
+            if not fds:
+                self._send_all(data)
+                return
+            if self._held:
+                self._send_all(b"")
+            # descriptors travel with the first byte of their message
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            try:
                 sent = self._socket.sendmsg([data], rights)
-                self._sendall(memoryview(data)[sent:])
+            except ConnectionError:
+                raise Closed from None
+            self._send_all(memoryview(data)[sent:])
+
+    def hold(self, message: Sequence[Any]) -> int:
+        """Keeps a message until the next is sent. Returns how many are held."""
+        body = self._pack(message)
+        with self._lock:
+            self._held += _HEAD.pack(len(body), 0), body
+            return len(self._held) // 2
+
+    def hand_over(self) -> None:
+        """Sends what is held."""
+        with self._lock:
+            self._send_all(b"")
+
+    def _send_all(self, data: bytes | memoryview) -> None:
+        if self._held:
+            data = b"".join([*self._held, data])
+            self._held.clear()
+        try:
+            self._sendall(data)
         except ConnectionError:
             raise Closed from None
 

@@ -42,6 +42,8 @@ RING: Final = 64
 ROOM_OFFSET: Final = 4096
 """Where results are left in the mailbox, as in sys/words.rs."""
 TYPES_MAX: Final = 1000
+HELD_MAX: Final = 3
+"""Reports that are kept for the next one."""
 
 logger = logging.getLogger("distributed.worker")
 
@@ -64,6 +66,7 @@ class Runner:
         self.worker.on_secede = self._on_secede
         self.worker.call = Calls(control)
         self.worker.upload_file = functools.partial(plugins.upload_file, self.worker)  # type: ignore[method-assign]
+        self.slot_threads = self.worker.slot.threads
         shared = memoryview(mmap.mmap(mailbox, ROOM_OFFSET + channel.ROOM))
         self.mailbox = shared[: 8 * (2 + RING)].cast("Q")
         self.room = channel.Room(shared[ROOM_OFFSET:], self.mailbox[1 + RING :])
@@ -71,6 +74,7 @@ class Runner:
         self.key: Any = None
         self.in_task = False
         self.interrupted = 0
+        self.held = 0
         self.types: dict[type, tuple[bytes, str]] = {}
         self.main_thread = threading.get_ident()
         # unlike get_ident(), which forks of one process share, it tells runners apart
@@ -103,11 +107,15 @@ class Runner:
                     raise RuntimeError(f"unknown message {tag!r} from the daemon")
             except Closed:
                 return
+            except BaseException:
+                # the process ends: what it has done already is done
+                self.data.hand_over()
+                raise
 
     # one task
 
     def _run(self, message: tuple[Any, ...], fds: list[int]) -> None:
-        _, seq, key, spec, buffers, inputs, annotations = message
+        _, seq, key, spec, buffers, inputs, annotations, _ = message
         mailbox = self.mailbox
         # first say that it starts, then look whether it was revoked: the daemon does it the other way round
         mailbox[0] = seq
@@ -118,7 +126,8 @@ class Runner:
             return
         self.seq = seq
         self.key = key
-        self.worker.slot.enter()
+        if not self.slot_threads:
+            self.worker.slot.enter()
         try:
             report = self._execute(key, spec, buffers, inputs, annotations, fds)
         except Interrupted:
@@ -144,7 +153,13 @@ class Runner:
                 fds = []
                 tag, objects, *rest = self._failure(error, None, None)
                 shared = [o and self._share(o, fds, None) for o in objects]
-            self.data.send((tag, seq, *shared, *rest), fds)
+            report = (tag, seq, *shared, *rest)
+            if fds or self.held == HELD_MAX or not self.data.next_is_brief():
+                self.data.send(report, fds)
+                self.held = 0
+            else:
+                # the daemon wakes up once for several
+                self.held = self.data.hold(report)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -166,7 +181,7 @@ class Runner:
         self, key: Any, spec: bytes, buffers: Any, inputs: Any, annotations: Any, fds: list[int]
     ) -> tuple[Any, ...]:
         """Everything between a task's message and its report."""
-        span = contextlib.nullcontext()
+        span = None
         try:
             if fds or inputs or buffers:
                 with Descriptors(fds) as descriptors:
@@ -183,19 +198,20 @@ class Runner:
         except BaseException as error:
             logger.error("Exception during execution of task %r", key, exc_info=True)
             return self._failure(error, None, None)
+        call = self._call_coroutine if is_coroutine(task) else self._call
+        if span is None:
+            return call(task, data)
         with span:
-            if is_coroutine(task):
-                return self._call_coroutine(task, data)
-            return self._call(task, data)
+            return call(task, data)
 
     @staticmethod
-    def _annotate(annotations: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    def _annotate(annotations: dict[str, Any]) -> contextlib.AbstractContextManager[Any] | None:
         executor = annotations.get("executor", "default")
         if executor not in _EXECUTORS:
             raise ValueError(f"Invalid executor {executor!r}; expected one of: {sorted(_EXECUTORS)}")
         if "span" in annotations:
             return dask.annotate(span=annotations["span"])
-        return contextlib.nullcontext()
+        return None
 
     def _call(self, task: Callable[[dict[Any, Any]], Any], data: dict[Any, Any]) -> tuple[Any, ...]:
         self.in_task = True
@@ -285,6 +301,9 @@ class Runner:
                     self.worker.call.answered(message[1], message[2], fds)
                 elif message[0] == channel.STACKS:
                     self.control.send((channel.STACKS, message[1], self._stacks()))
+                elif message[0] == channel.HAND_OVER:
+                    # a task that seemed brief is not
+                    self.data.hand_over()
                 elif message[0] == channel.INTERRUPT:
                     self.interrupted = message[1]
                     signal.pthread_kill(self.main_thread, INTERRUPT_SIGNAL)

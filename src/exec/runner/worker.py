@@ -60,7 +60,7 @@ class Slot:
     """What `distributed.secede` and `rejoin` need of the thread pool that a task runs in."""
 
     def __init__(self) -> None:
-        self._threads = {threading.current_thread()}
+        self._threads = self.threads = {threading.current_thread()}
         self._rejoin_list: list[tuple[threading.Thread, threading.Event]] = []
         self._rejoin_lock = threading.Lock()
 
