@@ -16,6 +16,7 @@ use crate::scheduler;
 use crate::state::{Stored, Subject, TypeInfo};
 use crate::telemetry::log::Line;
 use crate::wire::payload::Exception;
+use crate::wire::{Limits, decode_message};
 
 /// The worker as its peers and clients see it.
 pub(super) struct WorkerBackend(pub(super) Arc<Shared>);
@@ -170,6 +171,13 @@ impl Backend for WorkerBackend {
     }
 
     async fn relay(&self, request: Relay) -> Result<Vec<Bytes>, Failure> {
-        Ok(self.pool()?.service_request(request.frames, Target::Worker).await.frames)
+        let pool = self.pool()?;
+        if matches!(request.op.as_deref(), Some("actor_execute" | "actor_attribute"))
+            && let Ok(message) = decode_message(request.frames.clone(), &Limits::default())
+            && let Some(key) = message.field("actor").and_then(Value::to_key)
+        {
+            return Ok(pool.actor_request(&key, request.frames).await);
+        }
+        Ok(pool.service_request(request.frames, Target::Worker).await.frames)
     }
 }

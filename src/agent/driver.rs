@@ -299,7 +299,10 @@ impl Driver {
         match instruction {
             Instruction::Send(message) => self.session.sender().send(message.to_value()),
             Instruction::Execute { key, .. } => self.execute(key),
-            Instruction::DropData { key } => _ = self.shared.store.remove(&key),
+            Instruction::DropData { key } => {
+                self.pool.drop_actor(&key);
+                self.shared.store.remove(&key);
+            }
             Instruction::GatherDep { worker, to_gather, total_nbytes, stimulus_id } => {
                 self.gather(worker, to_gather, total_nbytes, stimulus_id);
             }

@@ -78,9 +78,6 @@ impl Driver {
         else {
             return fail("KeyError", format!("{key:?}"));
         };
-        if task.is_actor() {
-            return fail("NotImplementedError", "this worker does not hold actors yet".into());
-        }
         let annotations = task.annotations().cloned().unwrap_or_else(|| Arc::new(Value::Nil));
         let (mut inputs, mut on_disk) = (Vec::new(), Vec::new());
         for dependency in self.state.dependencies(task) {
@@ -97,13 +94,15 @@ impl Driver {
         if !on_disk.is_empty() {
             return Err(NoJob::OnDisk { inputs: on_disk, others: inputs });
         }
-        let brief = self.ahead.is_brief(task.prefix())
+        let actor = task.is_actor();
+        let brief = !actor
+            && self.ahead.is_brief(task.prefix())
             && run_spec.frames.is_empty()
             && run_spec.header.len() < BRIEF_BYTES
             && inputs
                 .iter()
                 .all(|(_, object)| object.shared_bytes() == 0 && object.heap_bytes() < BRIEF_BYTES as u64);
-        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations, brief })
+        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations, brief, actor })
     }
 
     /// Gives busy runners what comes next, so that they need not wait for it.

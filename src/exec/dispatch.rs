@@ -303,7 +303,7 @@ impl State {
     }
 
     /// Lets a runner end that is one too many.
-    fn retire(&mut self, id: u64) {
+    pub(super) fn retire(&mut self, id: u64) {
         if let Some(runner) = self.runners.get_mut(&id)
             && let Ok(message) = Outgoing::new(&ToChild::Exit, Vec::new())
         {
@@ -350,6 +350,9 @@ impl Shared {
                 let object = places.object(object, done.nbytes)?;
                 let queued = state.conclude(self, id, seq).ok_or(MISPLACED)?;
                 let job = &queued.attempt.job;
+                if job.actor {
+                    state.holds_actor(id, &job.key);
+                }
                 self.emit(Event::Finished(Box::new(Finished {
                     key: job.key.clone(),
                     run_id: job.run_id,
@@ -515,6 +518,9 @@ impl Shared {
         let retired = cause == RETIRED && runner.queue.is_empty();
         if !runner.proven && runner.mailbox.started() == 0 {
             state.barren += 1;
+        }
+        if let Some(key) = runner.actor.take() {
+            state.actor_died(id, key, &cause);
         }
         let (blamed, requeued) = state.share_out(self, id, &mut runner, &cause);
         if !retired {

@@ -43,6 +43,7 @@ pub(super) enum ToChild<'a> {
         annotations: &'a Value,
         /// The runner may keep the results before it until this one is there.
         brief: bool,
+        actor: bool,
     },
     /// To a runner: end when all before this is done.
     Exit,
@@ -58,7 +59,7 @@ pub(super) enum ToChild<'a> {
     Interrupt { seq: u64 },
     /// To a runner's control thread: hand over the results that are kept.
     HandOver,
-    /// To the service: answer a comm message.
+    /// To the service, or to the control thread of an actor's runner: answer a comm message.
     Request { request: u64, target: Target, frames: &'a [Bytes] },
     /// To the service: size and type of objects.
     Describe { request: u64, objects: &'a [Object] },
@@ -117,7 +118,7 @@ pub(super) enum FromChild {
     Scattered { key: Key, object: RawObject, description: Description },
     /// Call stacks by key.
     Stacks { request: u64, stacks: Vec<(Key, Vec<String>)> },
-    /// The service's answer, and why the nanny is to restart its worker, if it is.
+    /// The service's or an actor's answer, and why the nanny is to restart its worker, if it is.
     Reply { request: u64, frames: Vec<RawFrame>, restart: Option<String> },
     /// The service's descriptions.
     Described { request: u64, objects: Vec<Result<Description, String>> },
@@ -273,8 +274,8 @@ impl Writer {
                 self.head(2, 10);
                 self.value(info)?;
             }
-            ToChild::Run { seq, key, spec, inputs, annotations, brief } => {
-                self.head(8, 11);
+            ToChild::Run { seq, key, spec, inputs, annotations, brief, actor } => {
+                self.head(8, if *actor { 19 } else { 11 });
                 self.uint(*seq);
                 self.key(key)?;
                 self.spec(spec)?;

@@ -3,6 +3,7 @@
 //! The front door is [`Pool`]: jobs go in, [`Event`]s come out. Nothing here knows the scheduler, the network or the
 //! state machine; results are handed over as objects of the store, nothing here keeps them.
 
+mod actors;
 mod dispatch;
 mod ipc;
 mod link;
@@ -97,6 +98,8 @@ pub struct Job {
     /// It probably takes less time than waking a process does. Such jobs wait for [`Pool::flush`] and then go to few
     /// runners together, and their results may come together.
     pub brief: bool,
+    /// Its result stays in the runner, which then serves no other task; what others get is a handle.
+    pub actor: bool,
 }
 
 /// What the worker is, for `get_worker()` and `dask_worker` in user code.

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use super::actors::Actors;
 use super::ipc::{Description, Outgoing, Target, ToChild};
 use super::output::Room;
 use super::plugins::{NannyState, Plugins};
@@ -66,6 +67,7 @@ pub(super) struct State {
     /// Where a job is: runner and sequence number there.
     pub(super) places: FxHashMap<Key, (u64, u64)>,
     pub(super) zygote: Zygote,
+    pub(super) actors: Actors,
     pub(super) service: Service,
     pub(super) info: Option<Value>,
     pub(super) plugins: Plugins,
@@ -274,6 +276,16 @@ impl Pool {
     /// error message that a Dask server sends when a handler fails.
     pub async fn service_request(&self, frames: Vec<Bytes>, target: Target) -> ServiceReply {
         Shared::service_request(&self.0, frames, target).await
+    }
+
+    /// Has an actor answer a comm message, `actor_execute` or `actor_attribute`, as the service process does others.
+    pub async fn actor_request(&self, key: &Key, frames: Vec<Bytes>) -> Vec<Bytes> {
+        self.0.actor_request(key, frames).await
+    }
+
+    /// Ends an actor, if there is one of that key.
+    pub fn drop_actor(&self, key: &Key) {
+        self.0.state().drop_actor(key);
     }
 
     /// Takes in a worker plugin that need not be set up before somebody uses it. Any other is set up by

@@ -75,6 +75,8 @@ pub(super) struct Runner {
     pub(super) queue: VecDeque<Queued>,
     /// Its task left the pool: it takes no other, and another runner has its slot.
     pub(super) seceded: bool,
+    /// The actor it holds: it takes no task as long as it does.
+    pub(super) actor: Option<Key>,
     /// It has run a task to its end.
     pub(super) proven: bool,
     /// Why it was killed, if it was.
@@ -122,6 +124,7 @@ impl Runner {
             mailbox: Arc::new(mailbox),
             queue: VecDeque::new(),
             seceded: false,
+            actor: None,
             proven: false,
             doom: None,
             exit: None,
@@ -148,12 +151,15 @@ impl Runner {
             inputs: &job.inputs,
             annotations: &job.annotations,
             brief: job.brief,
+            actor: job.actor,
         };
         match Outgoing::new(&message, Vec::new()) {
             Ok(message) => self.data.queue(message),
             Err(error) => return Err((attempt, error)),
         }
         self.next_seq += 1;
+        // no task waits behind one that may keep the runner
+        self.seceded |= job.actor;
         self.queue.push_back(Queued { seq, attempt, prefetched, recall: Recalled::No });
         Ok(seq)
     }
@@ -185,7 +191,7 @@ impl Runner {
 
     /// Whether it can take a job.
     pub(super) fn is_usable(&self) -> bool {
-        !self.seceded && self.doom.is_none() && self.exit.is_none()
+        !self.seceded && self.actor.is_none() && self.doom.is_none() && self.exit.is_none()
     }
 
     pub(super) fn configure(&self, info: &Value) {
@@ -343,6 +349,11 @@ pub(super) async fn serve_control(shared: Arc<Shared>, id: u64, mut inbox: Inbox
         match ipc::parse(&message.bytes) {
             Ok(FromChild::Stacks { request, stacks }) => shared.stacks_came(request, stacks),
             Ok(FromChild::Call { request, body }) => shared.call(id, request, body, message.fds),
+            Ok(FromChild::Reply { request, frames, .. }) => {
+                if let Err(error) = shared.actor_answered(request, frames, message.fds) {
+                    return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) });
+                }
+            }
             Ok(_) => return shared.condemn(id, Cause::Nonsense { text: "misplaced message".into() }),
             Err(error) => return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) }),
         }

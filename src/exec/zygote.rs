@@ -28,12 +28,13 @@ const BOOT: &str = include_str!("runner/boot.py");
 
 /// The sources, in the order of their imports. The name of `task` makes Dask cut its frames from tracebacks as it cuts
 /// its own worker's.
-const MODULES: [(&str, &str, &str); 9] = [
+const MODULES: [(&str, &str, &str); 10] = [
     ("channel", "iqoqo-dask-worker/distributed/worker_channel.py", include_str!("runner/channel.py")),
     ("calls", "iqoqo-dask-worker/runner/calls.py", include_str!("runner/calls.py")),
     ("shuffle", "iqoqo-dask-worker/runner/shuffle.py", include_str!("runner/shuffle.py")),
     ("worker", "iqoqo-dask-worker/runner/worker.py", include_str!("runner/worker.py")),
     ("plugins", "iqoqo-dask-worker/runner/plugins.py", include_str!("runner/plugins.py")),
+    ("actors", "iqoqo-dask-worker/runner/actors.py", include_str!("runner/actors.py")),
     ("task", "iqoqo-dask-worker/distributed/worker.py", include_str!("runner/task.py")),
     ("nanny", "iqoqo-dask-worker/runner/nanny.py", include_str!("runner/nanny.py")),
     ("service", "iqoqo-dask-worker/runner/service.py", include_str!("runner/service.py")),

@@ -145,5 +145,6 @@ pub fn job_with(key: &str, code: &str, inputs: Vec<(Key, Object)>) -> Job {
         inputs,
         annotations: Arc::new(Value::Map(Vec::new())),
         brief: false,
+        actor: false,
     }
 }

@@ -48,6 +48,7 @@ PLUGINS: Final = 15
 UNPLUG: Final = 16
 LEAVE: Final = 17
 HAND_OVER: Final = 18
+RUN_ACTOR: Final = 19
 FINISHED: Final = 20
 FAILED: Final = 21
 RESCHEDULE: Final = 22

@@ -33,7 +33,7 @@ TARGETS: Final = ("Worker", "Nanny")
 # which callers of these would take for an answer.
 NOT_YET: Final = frozenset(
     """profile profile_metadata
-    actor_execute actor_attribute benchmark_disk benchmark_memory benchmark_network""".split()
+    benchmark_disk benchmark_memory benchmark_network""".split()
 )
 
 logger = logging.getLogger("distributed.core")

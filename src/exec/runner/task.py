@@ -33,6 +33,7 @@ from distributed.sizeof import safe_sizeof
 from distributed.utils import thread_state
 
 from . import channel, plugins
+from .actors import Actors
 from .calls import Calls
 from .channel import Channel, Closed, Descriptors, clean
 from .worker import Worker
@@ -65,6 +66,8 @@ class Runner:
         self.worker = Worker(data)
         self.worker.on_secede = self._on_secede
         self.worker.call = Calls(control)
+        self.actors = Actors(self.worker, control)
+        self.makes_actor = False
         self.worker.upload_file = functools.partial(plugins.upload_file, self.worker)  # type: ignore[method-assign]
         self.slot_threads = self.worker.slot.threads
         shared = memoryview(mmap.mmap(mailbox, ROOM_OFFSET + channel.ROOM))
@@ -94,6 +97,10 @@ class Runner:
                 tag = message[0]
                 if tag == channel.RUN:
                     self._run(message, fds)
+                elif tag == channel.RUN_ACTOR:
+                    self.makes_actor = True
+                    self._run(message, fds)
+                    self.makes_actor = False
                 elif tag == channel.CONFIGURE:
                     self.worker.configure(message[1])
                 elif tag == channel.PLUGINS:
@@ -260,7 +267,7 @@ class Runner:
         described = self.types.get(kind) or self._describe_type(kind)
         try:
             nbytes = getsizeof(result) if kind in _PLAIN_SIZE else max(0, int(safe_sizeof(result)))
-            dumped = channel.dump(result)
+            dumped = channel.dump(result) if not self.makes_actor else self.actors.keep(self.key, result)
         except BaseException as error:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
                 raise
@@ -299,6 +306,9 @@ class Runner:
                 message, fds = self.control.receive()
                 if message[0] == channel.RETURN:
                     self.worker.call.answered(message[1], message[2], fds)
+                elif message[0] == channel.REQUEST:
+                    with Descriptors(fds) as descriptors:
+                        self.actors.asked(message[1], message[3], descriptors)
                 elif message[0] == channel.STACKS:
                     self.control.send((channel.STACKS, message[1], self._stacks()))
                 elif message[0] == channel.HAND_OVER:

@@ -7,6 +7,7 @@ holds no tasks and no data.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Hashable
@@ -82,6 +83,8 @@ class State:
 
     def __init__(self) -> None:
         self.nthreads = 1
+        #: In the runner of an actor: the actor.
+        self.actors: dict[Any, Any] = {}
 
 
 _FIELDS = (
@@ -126,8 +129,8 @@ class Worker:
         self.stream_handlers: dict[str, Callable[..., Any]] = {}
         self.extensions: dict[str, Any] = {}
         self.digests_total_since_heartbeat: defaultdict[Hashable, float] = defaultdict(float)
-        #: In the service process: connections to peers.
-        self.rpc: Any = None
+        #: Other servers by address, with their ops as methods to be awaited on the loop.
+        self.rpc: Callable[[str], Any] = functools.cache(rpc)
         #: In a runner: calls of the service process.
         self.call: Any = None
 
