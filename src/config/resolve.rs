@@ -367,6 +367,22 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn spilling_is_as_in_dask() {
+        let memory = |pairs: &[(&'static str, &str)]| {
+            let own = pairs.iter().map(|(name, text)| ((*name).to_owned(), said(Value::Str((*text).into()))));
+            let mut sources = Sources::default();
+            sources.own.values.extend(own);
+            resolved(sources).memory
+        };
+        let usual = memory(&[]);
+        assert_eq!((usual.target, usual.spill, usual.max_spill), (Some(0.6), Some(0.7), None));
+        assert_eq!(usual.spill_compression, Compression::Lz4);
+        assert_eq!(usual.monitor_interval, Duration::from_millis(100));
+        let set = memory(&[("memory.max-spill", "2 GB"), ("memory.spill-compression", "zstd")]);
+        assert_eq!((set.max_spill, set.spill_compression), (Some(2_000_000_000), Compression::Zstd));
+    }
+
+    #[test]
     fn threads_and_memory_are_shared_out() {
         let share = |pairs: &[(&'static str, &str)]| {
             let settings = resolved(texts(pairs));

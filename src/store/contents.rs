@@ -52,6 +52,10 @@ pub(super) struct Contents {
     lost: Vec<Key>,
     /// Waste that the last tidying left, in bytes.
     left: u64,
+    /// Objects that somebody still used when they went, and their bytes of shared memory.
+    lingering: Vec<(WeakObject, u64)>,
+    /// Those that were passed over, as spilling them would make no memory free.
+    passed_over: Vec<Ranked>,
 }
 
 /// Why nothing can be written.
@@ -91,6 +95,11 @@ struct Ranked {
 impl Place {
     fn is_on_disk(&self) -> bool {
         matches!(self, Place::Disk { .. })
+    }
+
+    /// Whether spilling it would make memory free.
+    fn takes_memory(&self) -> bool {
+        matches!(self, Place::Memory { object, .. } if !object.is_on_disk())
     }
 
     fn file(&self) -> Option<&Arc<SpillFile>> {
@@ -198,6 +207,24 @@ impl Contents {
         self.usage
     }
 
+    /// Bytes of shared memory that are held no longer, but used.
+    pub(super) fn lingering(&mut self) -> u64 {
+        self.lingering.retain(|(object, _)| object.is_used());
+        self.lingering.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// An object goes from memory.
+    fn goes(&mut self, object: &Object) {
+        let bytes = object.shared_bytes();
+        if bytes == 0 {
+            return;
+        }
+        if self.lingering.len() == self.lingering.capacity() {
+            self.lingering.retain(|(object, _)| object.is_used());
+        }
+        self.lingering.push((object.downgrade(), bytes));
+    }
+
     pub(super) fn contains(&self, key: &Key) -> bool {
         self.entries.contains_key(key)
     }
@@ -232,6 +259,11 @@ impl Contents {
     pub(super) fn remove(&mut self, key: &Key) -> Option<impl Sized + use<>> {
         let entry = self.entries.remove(key)?;
         self.usage.subtract(&entry);
+        if let Place::Memory { object, .. } = &entry.place
+            && object.is_used_elsewhere()
+        {
+            self.goes(object);
+        }
         if matches!(self.refused, Some(Refused::Full)) && entry.place.file().is_some() {
             self.refused = None;
         }
@@ -302,6 +334,7 @@ impl Contents {
         let file = Some(file.clone());
         self.usage.subtract(entry);
         entry.place = Place::Memory { object: object.clone(), file };
+        self.lingering.retain(|(other, _)| !other.is(object));
         self.usage.add(entry);
         let ranked = Ranked { rank: entry.used | ORDINARY, key: key.clone() };
         self.order.push(ranked);
@@ -334,7 +367,7 @@ impl Contents {
 
     /// So many bytes of memory are to become free; false if there is nothing to spill.
     pub(super) fn relieve(&mut self, bytes: u64) -> bool {
-        let possible = self.thresholds.is_some() && self.usage.count > self.usage.spilled.count;
+        let possible = self.thresholds.is_some() && self.usage.shared + self.usage.heap > 0;
         self.relief = if possible { bytes } else { 0 };
         self.try_again();
         possible
@@ -348,10 +381,13 @@ impl Contents {
         }
     }
 
+    fn is_over(&self) -> bool {
+        self.thresholds.is_some_and(|thresholds| self.usage.in_memory() > thresholds.target)
+    }
+
     /// Whether something is to be spilled.
     pub(super) fn wants_room(&self) -> bool {
-        let over = self.thresholds.is_some_and(|thresholds| self.usage.in_memory() > thresholds.target);
-        over || self.relief > 0
+        self.is_over() || self.relief > 0
     }
 
     /// Whether there is more than spilling keeps up with.
@@ -362,25 +398,28 @@ impl Contents {
 
     /// The next step towards what is wanted; `None` when that is reached, or cannot be.
     pub(super) fn next(&mut self) -> Option<Step> {
-        let room = self.thresholds?.files.saturating_sub(self.usage.files);
+        let step = self.thresholds.and_then(|thresholds| self.step(thresholds));
+        if step.is_none() {
+            self.relief = 0;
+            self.order.extend(self.passed_over.drain(..));
+        }
+        step
+    }
+
+    fn step(&mut self, thresholds: Thresholds) -> Option<Step> {
         if !self.wants_room() {
             return None;
         }
-        let oldest = if self.refused.is_some() { self.oldest_with_file() } else { self.oldest() };
-        let Some(key) = oldest else {
-            self.relief = 0;
-            return None;
-        };
+        let key = if self.refused.is_some() { self.oldest_with_file() } else { self.oldest() }?;
         let entry = self.entries.get(&key)?;
         let Place::Memory { object, file } = &entry.place else { return None };
         let (object, born) = (object.clone(), entry.born);
-        Some(match file.clone() {
-            Some(file) => {
-                self.leave(&key, &object, file);
-                Step::Free(object)
-            }
-            None => Step::Write { leaving: Leaving { key, born, object }, room },
-        })
+        let Some(file) = file.clone() else {
+            let room = thresholds.files.saturating_sub(self.usage.files);
+            return Some(Step::Write { leaving: Leaving { key, born, object }, room });
+        };
+        self.leave(&key, &object, file);
+        Some(Step::Free(object))
     }
 
     /// A result was written, which took some seconds.
@@ -413,6 +452,7 @@ impl Contents {
         entry.place = Place::Disk { file, last: object.downgrade() };
         self.usage.add(entry);
         self.relief = self.relief.saturating_sub(object.shared_bytes() + object.heap_bytes());
+        self.goes(object);
     }
 
     fn rank(&mut self, key: &Key, entry: &Entry) {
@@ -425,6 +465,7 @@ impl Contents {
             let ranked =
                 in_memory.map(|(key, entry)| Ranked { rank: rank_of(entry, thresholds), key: key.clone() });
             self.order = ranked.collect();
+            self.passed_over.clear();
         }
         self.order.push(Ranked { rank: rank_of(entry, self.thresholds), key: key.clone() });
     }
@@ -436,10 +477,13 @@ impl Contents {
                 continue;
             };
             let now = rank_of(entry, self.thresholds);
-            if now == rank {
+            if now != rank {
+                self.order.push(Ranked { rank: now, key });
+            } else if entry.place.takes_memory() || self.is_over() {
                 return Some(key);
+            } else {
+                self.passed_over.push(Ranked { rank, key });
             }
-            self.order.push(Ranked { rank: now, key });
         }
         None
     }
@@ -458,7 +502,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::proto::PayloadKind;
+    use crate::proto::{Payload, PayloadKind};
     use crate::store::spill::Files;
     use crate::store::{Frame, Spilled};
 
@@ -523,6 +567,13 @@ mod tests {
     fn object(nbytes: u64) -> Object {
         let frame = Frame::heap(Bytes::from_static(b"123456789"));
         Object::new(PayloadKind::Serialized, Bytes::from_static(b"h"), vec![frame], nbytes)
+    }
+
+    /// An object of 300,000 bytes in shared memory.
+    fn large() -> Object {
+        let frames = vec![Bytes::from(vec![1; 300_000])];
+        let payload = Payload { kind: PayloadKind::Serialized, header: Bytes::from_static(b"h"), frames };
+        Object::from_payload(payload, 300_000, &Arena::new()).unwrap()
     }
 
     /// Bytes of such an object's file.
@@ -605,6 +656,49 @@ mod tests {
         assert!(shelf.contents.relieve(1000));
         assert_eq!(shelf.spill(), ["c"]);
         assert!(!shelf.contents.is_crowded() && !shelf.contents.relieve(1000));
+    }
+
+    #[test]
+    fn what_is_mapped_from_its_file_gives_no_relief() {
+        let mut shelf = Shelf::new(Thresholds { target: 700_000, ..LIMITS });
+        for key in ["a", "b", "c"] {
+            drop(shelf.contents.insert(key.into(), large()));
+        }
+        assert_eq!(shelf.spill(), ["a"]);
+        assert!(shelf.get("a"));
+        assert_eq!(shelf.spill(), ["b"]);
+        // `a` is older than `c` then
+        assert!(!shelf.get("c"));
+        assert!(shelf.contents.relieve(1));
+        assert_eq!(shelf.spill(), ["c"]);
+        assert_eq!(shelf.spilled().0, 2);
+        // the header of `a` is all that is left
+        assert!(shelf.contents.relieve(1_000_000));
+        assert!(shelf.spill().is_empty());
+        // but it is spilled where results are too many
+        drop(shelf.contents.insert("d".into(), large()));
+        drop(shelf.contents.insert("e".into(), large()));
+        assert_eq!(shelf.spill(), ["free"]);
+    }
+
+    #[test]
+    fn what_is_gone_and_used_takes_memory_until_it_is_not_used() {
+        let mut shelf = Shelf::new(Thresholds { target: 400_000, ..LIMITS });
+        let (a, b) = (large(), large());
+        let size = a.shared_bytes();
+        drop(shelf.contents.insert("a".into(), a.clone()));
+        drop(shelf.contents.insert("b".into(), b.clone()));
+        assert_eq!(shelf.contents.lingering(), 0);
+        assert_eq!(shelf.spill(), ["a"]);
+        assert_eq!((shelf.contents.usage().shared, shelf.contents.lingering()), (size, size));
+        // found again by its use
+        assert!(!shelf.get("a"));
+        assert_eq!((shelf.contents.usage().shared, shelf.contents.lingering()), (2 * size, 0));
+        drop(shelf.contents.remove(&"a".into()));
+        drop(shelf.contents.remove(&"b".into()));
+        assert_eq!((shelf.contents.usage().shared, shelf.contents.lingering()), (0, 2 * size));
+        drop((a, b));
+        assert_eq!(shelf.contents.lingering(), 0);
     }
 
     #[test]

@@ -132,6 +132,8 @@ pub struct Usage {
     pub shared: u64,
     /// In shared memory and nobody's any more: held by what lies beside it.
     pub waste: u64,
+    /// In shared memory and held no longer, but used: by a task, or on the way to a peer.
+    pub lingering: u64,
     /// On the daemon's heap.
     pub heap: u64,
     /// What is on disk alone.
@@ -147,9 +149,9 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Bytes of shared memory, used or not.
+    /// Bytes of shared memory, held or not.
     pub fn shared_memory(&self) -> u64 {
-        self.shared + self.waste
+        self.shared + self.waste + self.lingering
     }
 
     /// Sum of Dask's `sizeof` of what is in memory.
@@ -323,7 +325,8 @@ impl Store {
 
     /// What is held now.
     pub fn usage(&self) -> Usage {
-        Usage { waste: self.0.arena.waste(), ..self.lock().usage() }
+        let mut contents = self.lock();
+        Usage { waste: self.0.arena.waste(), lingering: contents.lingering(), ..contents.usage() }
     }
 
     /// Lets go of everything.

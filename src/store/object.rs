@@ -123,6 +123,16 @@ impl WeakObject {
     pub(super) fn upgrade(&self) -> Option<Object> {
         self.0.upgrade().map(Object)
     }
+
+    /// Whether anybody has it.
+    pub(super) fn is_used(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// Whether it is this one.
+    pub(super) fn is(&self, object: &Object) -> bool {
+        std::ptr::eq(self.0.as_ptr(), Arc::as_ptr(&object.0))
+    }
 }
 
 #[derive(Debug)]
@@ -204,9 +214,13 @@ impl Object {
     }
 
     /// Whether frames of it are mapped from a file.
-    #[cfg(test)]
     pub(super) fn is_on_disk(&self) -> bool {
         self.0.frames.iter().any(|frame| frame.segment().is_some_and(|segment| segment.is_on_disk()))
+    }
+
+    /// Whether somebody has it besides the one who asks.
+    pub(super) fn is_used_elsewhere(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 
     /// To find it again for as long as somebody uses it.

@@ -167,6 +167,17 @@ def test_many_small_and_odd_results(launch, scheduler, client):
     assert [repr(value) for value in client.gather(futures)] == [repr(value) for value in values]
 
 
+@pytest.mark.parametrize("size", [1000, 100_000, 300_000])
+def test_a_task_of_many_spilled_inputs(launch, scheduler, client, size):
+    config = {**MANAGED_ONLY, "distributed.worker.memory.target": 1e-4}
+    worker = launch.worker(scheduler.address, LIMIT, config=config)
+    join(client, worker)
+    futures = client.map(make, range(300), size=size, pure=False)
+    wait(futures)
+    eventually(lambda: spilled(client) >= 300 * size - 20_000)
+    assert client.submit(lambda xs: [check(i, x) for i, x in enumerate(xs)], futures).result() == [True] * 300
+
+
 @pytest.mark.kinds(*PAIR)
 def test_peers_get_what_was_spilled(launch, scheduler, client):
     a, b = (launch.worker(scheduler.address, LIMIT, name=n, config=MANAGED_ONLY) for n in "ab")

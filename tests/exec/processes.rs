@@ -41,6 +41,25 @@ async fn an_idle_runner_exits_in_good_order() {
 }
 
 #[tokio::test]
+async fn an_idle_runner_is_replaced_when_told_so() {
+    let mut fixture = Fixture::new(1);
+    let gate = Gate::new();
+    fixture.pool.submit(job("busy", &gate.code("return 1")));
+    gate.entered().await;
+    let old = fixture.runner();
+    assert!(!fixture.pool.replace(old), "it is busy");
+    gate.open();
+    fixture.finished().await;
+    assert!(fixture.pool.replace(old) && !fixture.pool.replace(old));
+    assert!(!fixture.pool.replace(fixture.process(ProcessKind::Zygote)));
+    // no event tells of its end, and the next job finds another one
+    assert_eq!(fixture.run("def f(): return 2").await.key, "x".into());
+    assert!(fixture.pool.processes().iter().any(|p| p.kind == ProcessKind::Runner && p.pid != old));
+    fixture.pool.shutdown().await;
+    assert!(!is_alive(old));
+}
+
+#[tokio::test]
 async fn a_dead_zygote_is_replaced() {
     let mut fixture = Fixture::new(1);
     fixture.run("def f(): return 1").await;
