@@ -1,4 +1,4 @@
-//! Which runner gets which job, and what each word of a runner, and its death, means for jobs.
+//! Which runner gets which job, and what each word of a runner means for jobs.
 //!
 //! Synchronous, under the pool's lock.
 
@@ -12,16 +12,13 @@ use super::ipc::{self, FromChild, Outgoing, RawFailure, Role, ToChild};
 use super::object::{Places, Segments};
 use super::pool::{Shared, State};
 use super::slot::{self, Attempt, Queued, RETIRED, Recalled, Runner};
-use super::verdict::{self, Cause};
+use super::verdict::Cause;
 use super::{Event, Failed, Finished, Job, Recall};
 use crate::proto::{Key, RunId};
-use crate::sys::PidFd;
 use crate::telemetry;
 use crate::wire::payload::Exception;
 use crate::wire::{Limits, decode_message};
 
-/// Runners in a row that may end before they ran anything; then jobs fail instead of waiting for the next.
-const BARREN_MAX: u32 = 3;
 /// Brief jobs that are put into one runner while others are idle: fewer wake-ups for all of them.
 const COMPANY_MAX: usize = 4;
 /// How long a job that seemed brief may hold up others.
@@ -29,7 +26,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 
 impl State {
     /// Runners that count for the pool's width.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.runners.values().filter(|runner| runner.is_usable()).count()
     }
 
@@ -67,7 +64,7 @@ impl State {
     }
 
     /// Asks the zygote for a runner, which can be handed jobs at once.
-    fn fork(&mut self, shared: &Arc<Shared>) -> Result<u64, super::Error> {
+    pub(super) fn fork(&mut self, shared: &Arc<Shared>) -> Result<u64, super::Error> {
         let id = self.new_id();
         let (runner, ends) = Runner::prepare()?;
         if let Some(info) = &self.info {
@@ -88,7 +85,7 @@ impl State {
     }
 
     /// Gives a job to a runner. One that cannot be sent fails.
-    fn hand_over(&mut self, shared: &Arc<Shared>, id: u64, attempt: Attempt, prefetched: bool) {
+    pub(super) fn hand_over(&mut self, shared: &Arc<Shared>, id: u64, attempt: Attempt, prefetched: bool) {
         let Some(runner) = self.runners.get_mut(&id) else {
             self.pending.push_front(attempt);
             return;
@@ -430,37 +427,6 @@ impl Shared {
         })
     }
 
-    /// The zygote forked a runner.
-    pub(super) fn runner_forked(&self, id: u64, pid: u32, process: PidFd) {
-        let mut state = self.state();
-        if let Some(runner) = state.runners.get_mut(&id) {
-            runner.pid = Some(pid);
-            runner.process = Some(process);
-            if let Some(cause) = runner.doom.clone().filter(|cause| *cause != RETIRED) {
-                runner.kill(cause);
-            }
-        }
-    }
-
-    /// A runner ended: what it said before comes first, so its burial waits for that.
-    pub(super) fn runner_ended(&self, id: u64, cause: Cause, peak: u64) {
-        let mut state = self.state();
-        state.idle.retain(|&idle| idle != id);
-        if let Some(runner) = state.runners.get_mut(&id) {
-            runner.exit.get_or_insert((cause, peak));
-            runner.exited.notify_one();
-        }
-    }
-
-    /// Kills a runner that cannot be trusted any more.
-    pub(super) fn condemn(&self, id: u64, cause: Cause) {
-        let mut state = self.state();
-        state.idle.retain(|&idle| idle != id);
-        if let Some(runner) = state.runners.get_mut(&id) {
-            runner.kill(cause);
-        }
-    }
-
     /// Whose a line is that a runner wrote.
     fn runner_wrote(&self, id: u64, line: &str) -> Option<(Option<u32>, Option<Key>)> {
         let mut state = self.state();
@@ -496,40 +462,6 @@ impl Shared {
             }
         });
     }
-
-    /// Decides on the jobs of a runner that is dead and has said all.
-    pub(super) fn bury(self: &Arc<Self>, id: u64) {
-        let mut state = self.state();
-        let Some(mut runner) = state.runners.remove(&id) else { return };
-        state.idle.retain(|&idle| idle != id);
-        runner.finish_output(self);
-        self.buried.notify_waiters();
-        if state.stopping {
-            return;
-        }
-        let (ended, peak) = runner.exit.take().unwrap_or((Cause::ZygoteLost, 0));
-        let cause = match runner.doom.take() {
-            Some(Cause::OutOfMemory { limit, peak: seen }) => {
-                Cause::OutOfMemory { limit, peak: peak.max(seen) }
-            }
-            Some(doom) => doom,
-            None => ended,
-        };
-        let retired = cause == RETIRED && runner.queue.is_empty();
-        if !runner.proven && runner.mailbox.started() == 0 {
-            state.barren += 1;
-        }
-        if let Some(key) = runner.actor.take() {
-            state.actor_died(id, key, &cause);
-        }
-        let (blamed, requeued) = state.share_out(self, id, &mut runner, &cause);
-        if !retired {
-            let pid = runner.pid;
-            self.emit(Event::RunnerDied { pid, cause, key: blamed, requeued });
-        }
-        state.fill(self);
-        state.flush();
-    }
 }
 
 /// Looks after jobs that share a runner until none do.
@@ -543,55 +475,6 @@ async fn watch(shared: Arc<Shared>) {
 }
 
 impl State {
-    /// The jobs of a dead runner: the one it ran is tried again or fails, others go elsewhere. Returns the job it
-    /// ran, and those that are nobody's now.
-    fn share_out(
-        &mut self,
-        shared: &Arc<Shared>,
-        id: u64,
-        runner: &mut Runner,
-        cause: &Cause,
-    ) -> (Option<Key>, Vec<(Key, RunId)>) {
-        let started = runner.mailbox.started();
-        let tail = runner.tail.text();
-        let (mut blamed, mut requeued, mut again) = (None, Vec::new(), Vec::new());
-        for queued in runner.queue.drain(..).filter(|queued| queued.recall != Recalled::Yes) {
-            let key = queued.key().clone();
-            forget_place(&mut self.places, id, &queued);
-            let Queued { seq, mut attempt, prefetched, recall, .. } = queued;
-            // what started before it was done, and its result kept: it is run again without blame
-            let ran = seq == started;
-            if ran {
-                blamed = Some(key.clone());
-            }
-            if recall == Recalled::Asked && (*cause == Cause::Cancelled || !ran) {
-                shared.emit(Event::Skipped { key, run_id: attempt.job.run_id });
-            } else if !ran && prefetched {
-                requeued.push((key, attempt.job.run_id));
-            } else if !ran && self.barren <= BARREN_MAX {
-                again.push(attempt);
-            } else {
-                attempt.crashes += 1;
-                if cause.may_retry() && ran && attempt.crashes < shared.config.attempts {
-                    again.push(attempt);
-                } else {
-                    let died = verdict::exception(&format!("{key:?}"), cause, attempt.crashes, &tail);
-                    fail(shared, &attempt.job, &died);
-                }
-            }
-        }
-        // in their old order, before what came later
-        for attempt in again.into_iter().rev() {
-            // what a crash left in the process's surroundings must not meet it again in an old runner
-            let fresh = attempt.crashes > 0 && self.width() < shared.config.slots && self.zygote.is_there();
-            match fresh.then(|| self.fork(shared)) {
-                Some(Ok(id)) => self.hand_over(shared, id, attempt, false),
-                _ => self.pending.push_front(attempt),
-            }
-        }
-        (blamed, requeued)
-    }
-
     /// A runner's task leaves the pool: its slot is free, what waits behind it goes elsewhere.
     fn secede(&mut self, shared: &Arc<Shared>, id: u64, seq: u64, duration: f64) -> Option<()> {
         let runner = self.runners.get_mut(&id)?;
@@ -608,14 +491,14 @@ impl State {
 }
 
 /// Forgets where a job was, unless a newer one of the same key is somewhere by now.
-fn forget_place(places: &mut FxHashMap<Key, (u64, u64)>, id: u64, queued: &Queued) {
+pub(super) fn forget_place(places: &mut FxHashMap<Key, (u64, u64)>, id: u64, queued: &Queued) {
     if places.get(queued.key()) == Some(&(id, queued.seq)) {
         places.remove(queued.key());
     }
 }
 
 /// Ends a job with an exception that Python did not raise.
-fn fail(shared: &Shared, job: &Job, exception: &Exception) {
+pub(super) fn fail(shared: &Shared, job: &Job, exception: &Exception) {
     shared.emit(Event::Failed(Box::new(Failed {
         key: job.key.clone(),
         run_id: job.run_id,

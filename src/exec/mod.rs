@@ -4,6 +4,7 @@
 //! state machine; results are handed over as objects of the store, nothing here keeps them.
 
 mod actors;
+mod burial;
 mod dispatch;
 mod ipc;
 mod link;
