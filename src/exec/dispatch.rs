@@ -22,7 +22,7 @@ use crate::wire::{Limits, decode_message};
 /// Brief jobs that are put into one runner while others are idle: fewer wake-ups for all of them.
 const COMPANY_MAX: usize = 4;
 /// How long a job that seemed brief may hold up others.
-const PATIENCE: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_millis(50);
 
 impl State {
     /// Runners that count for the pool's width.

@@ -30,8 +30,6 @@ const STACKS_TIMEOUT: Duration = Duration::from_secs(1);
 const EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 /// The same, where there are plugins to tear down.
 const TEARDOWN_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the processes may take to end.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The pool of Python processes. Cloning gives another handle to the same pool.
 #[derive(Clone, Debug)]
@@ -357,11 +355,9 @@ impl Pool {
         // what users registered with atexit runs in runners that have nothing else to do
         let _ = tokio::time::timeout(limit, self.0.idle_ended()).await;
         let ended = self.0.state().zygote.stop();
-        if let Some(ended) = ended
-            && tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err()
-        {
-            tracing::warn!("the Python processes did not end in time and are killed");
-            self.0.state().zygote.kill();
+        if let Some(ended) = ended {
+            // whoever would tell is gone with the runtime
+            let _ = ended.await;
         }
     }
 }

@@ -47,6 +47,8 @@ const HASH_SEED: &str = "6640";
 /// Time before a zygote that failed is started again, and the longest such time.
 const BACKOFF: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// How long the Python processes may take to end once their connection is closed.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The variables that a nanny sets for its worker: `pre-spawn-environ` and `environ` of `distributed.nanny`, where
 /// `inherited` (the daemon's own environment) does not say otherwise, and the hash seed.
@@ -103,14 +105,6 @@ impl Zygote {
         let (gone, ended) = oneshot::channel();
         self.alive.as_mut()?.stop.take()?.send(gone).ok()?;
         Some(ended)
-    }
-
-    pub(super) fn kill(&self) {
-        if let Some(process) = self.alive.as_ref().and_then(|alive| alive.process.as_ref())
-            && let Err(error) = process.kill(Signal::SIGKILL)
-        {
-            tracing::warn!(%error, "the zygote could not be killed");
-        }
     }
 }
 
@@ -188,12 +182,17 @@ async fn live(shared: &Arc<Shared>, launched: Launched) -> Lived {
     // dropping both ends closes the connection, and the zygote ends its children and itself
     drop(inbox);
     let process = shared.state().zygote.alive.take().and_then(|alive| alive.process);
-    if gone.is_err()
-        && let Some(process) = &process
-    {
-        let _ = process.kill(Signal::SIGKILL);
+    if gone.is_err() {
+        kill(process.as_ref());
     }
-    let status = (&mut ended).await;
+    let status = match tokio::time::timeout(END_TIMEOUT, &mut ended).await {
+        Ok(status) => status,
+        Err(_) => {
+            tracing::warn!("the Python processes did not end in time and are killed");
+            kill(process.as_ref());
+            ended.await
+        }
+    };
     shared.zygote_lost();
     let end = match (gone, status) {
         (Err(text), _) => text,
@@ -206,6 +205,13 @@ async fn live(shared: &Arc<Shared>, launched: Launched) -> Lived {
         (Ok(None), Err(_)) => "it is not known how".into(),
     };
     Lived { was_ready, end }
+}
+
+/// Kills the zygote; the kernel then kills its children.
+fn kill(process: Option<&PidFd>) {
+    if let Some(Err(error)) = process.map(|process| process.kill(Signal::SIGKILL)) {
+        tracing::warn!(%error, "the zygote could not be killed");
+    }
 }
 
 fn describe_end(status: ExitStatus, tail: &Mutex<Tail>) -> String {

@@ -88,6 +88,21 @@ async fn a_dead_zygote_is_replaced() {
 }
 
 #[tokio::test]
+async fn a_zygote_that_does_not_end_is_killed() {
+    let mut fixture = Fixture::new(1);
+    fixture.run("def f(): return 1").await;
+    let (zygote, runner) = (fixture.process(ProcessKind::Zygote), fixture.runner());
+    let stop = nix::sys::signal::Signal::SIGSTOP;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(zygote as i32), stop).unwrap();
+    tokio::time::timeout(TIMEOUT, fixture.pool.shutdown()).await.unwrap();
+    assert!(!is_alive(zygote));
+    while is_alive(runner) {
+        // its parent's death is what kills it
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
 async fn an_interpreter_without_distributed_is_reported() {
     let (sender, mut events) = mpsc::unbounded_channel();
     for (python, expected) in [("/nonexistent/python", "could not execute"), ("/bin/cat", "")] {
