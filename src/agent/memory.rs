@@ -31,6 +31,8 @@ const GROWTH_MIN: u64 = 32 << 20;
 const GROWTH: f64 = 0.05;
 /// Time between two lines about memory that is not ours to spill.
 const UNMANAGED_COMPLAINTS: Duration = Duration::from_secs(300);
+/// Longest time that too much memory is put up with, once it was seen.
+const EXCESS_MAX: Duration = Duration::from_millis(100);
 /// Time for the memory of a killed runner to become free before another one is killed.
 const KILLS: Duration = Duration::from_secs(1);
 /// Looks at a worker without tasks, until nothing is expected to change any more.
@@ -111,6 +113,8 @@ pub(super) struct Pressure {
     seen: Option<(u64, u64, Instant)>,
     /// Looks since a task ran or memory was tight.
     idle_looks: u32,
+    /// Since when more is used than a task is ended for.
+    excessive: Option<Instant>,
     complained: Option<Instant>,
     killed: Option<Instant>,
 }
@@ -119,7 +123,7 @@ impl Pressure {
     /// Thresholds for a limit in bytes; without one there is no pressure.
     pub(super) fn new(config: MemoryConfig, limit: Option<u64>) -> Self {
         let limit = limit.filter(|limit| *limit > 0);
-        Pressure { limit, config, seen: None, idle_looks: 0, complained: None, killed: None }
+        Pressure { limit, config, seen: None, idle_looks: 0, excessive: None, complained: None, killed: None }
     }
 
     /// Whether the memory in use can lead to anything.
@@ -176,6 +180,12 @@ impl Pressure {
     fn is_due(&self, shared: u64) -> bool {
         let Some((used, then, at)) = self.seen else { return true };
         self.is_close(used + shared.saturating_sub(then)) && at.elapsed() >= LOOKS
+    }
+
+    /// Whether the memory in use has been too much at each look for some time. A large result is there twice while it is
+    /// handed over: that is no reason to end a task.
+    fn stays_excessive(&mut self, interval: Duration) -> bool {
+        self.excessive.get_or_insert_with(Instant::now).elapsed() >= interval.min(EXCESS_MAX)
     }
 
     /// Whether to complain about memory that cannot be spilled.
@@ -269,9 +279,13 @@ impl Driver {
                 if status == Status::Running {
                     self.pause(percent, used);
                 }
-                self.kill_largest(percent, used, processes);
+                if self.pressure.stays_excessive(self.memory_interval()) {
+                    self.kill_largest(percent, used, processes);
+                }
+                return;
             }
         }
+        self.pressure.excessive = None;
     }
 
     fn pause(&mut self, percent: u64, used: u64) {
@@ -384,6 +398,15 @@ mod tests {
         assert!(compressed.len() < 10_000);
         assert_eq!(codec.decompress(&compressed, 100_000).unwrap(), frame);
         assert!(codec.decompress(&compressed, 99_999).is_none());
+    }
+
+    #[test]
+    fn a_task_is_ended_only_for_memory_that_stays_in_use() {
+        let mut pressure = Pressure::new(CONFIG, Some(1000));
+        assert!(!pressure.stays_excessive(CONFIG.interval));
+        pressure.excessive = Instant::now().checked_sub(CONFIG.interval);
+        assert!(pressure.stays_excessive(CONFIG.interval));
+        assert!(pressure.stays_excessive(Duration::from_secs(60)));
     }
 
     #[test]

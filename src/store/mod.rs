@@ -35,7 +35,7 @@ pub const SHARED_FRAME_MIN: usize = 64 * 1024;
 const MEMFD_MIN: usize = 256 * 1024;
 
 /// Files read at once.
-const READERS: usize = 4;
+const READERS: u32 = 4;
 /// Time between two lines of the same complaint in the log.
 const COMPLAINTS: Duration = Duration::from_secs(10);
 /// Where a stock worker logs what goes wrong with spilling.
@@ -216,7 +216,7 @@ impl Default for Shared {
             files: None,
             garbage: Arc::default(),
             changed: Notify::new(),
-            readers: Semaphore::new(READERS),
+            readers: Semaphore::new(READERS as usize),
         }
     }
 }
@@ -280,7 +280,7 @@ impl Store {
             Found::Nowhere => return Ok(None),
         };
         // nobody closes the semaphore
-        let _permit = self.0.readers.acquire().await;
+        let _permit = self.0.readers.acquire_many(if file.takes_memory() { READERS } else { 1 }).await;
         let (task, arena) = (file.clone(), self.0.arena.clone());
         let read = spawn_blocking(move || {
             let start = Instant::now();

@@ -2,6 +2,7 @@
 //!
 //! Values only: nothing here opens a payload.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
@@ -157,11 +158,27 @@ impl Object {
     /// [`super::Error::Share`] when the system gives no shared memory or no descriptor for it.
     pub fn from_payload(payload: Payload, nbytes: u64, arena: &Arena) -> Result<Self, super::Error> {
         let Payload { kind, header, frames } = payload;
-        let large = frames.iter().map(Bytes::len).filter(|n| *n >= SHARED_FRAME_MIN);
+        let frames = frames.into_iter().map(|frame| (frame.len(), frame)).collect();
+        Object::from_parts(kind, header, frames, nbytes, arena, Ok)
+    }
+
+    /// As [`Object::from_payload`], of frames that `open` gives when their turn comes, each of the length it stands with.
+    ///
+    /// # Errors
+    /// Those of `open` besides.
+    pub(super) fn from_parts<T>(
+        kind: PayloadKind,
+        header: Bytes,
+        frames: Vec<(usize, T)>,
+        nbytes: u64,
+        arena: &Arena,
+        open: impl FnMut(T) -> Result<Bytes, super::Error>,
+    ) -> Result<Self, super::Error> {
+        let large = frames.iter().map(|(len, _)| *len).filter(|len| *len >= SHARED_FRAME_MIN);
         let bytes: usize = large.clone().map(|n| n.next_multiple_of(ALIGNMENT)).sum();
         let packs = !is_worth_memfd(bytes) && large.max().is_none_or(|len| len <= FRAME_MAX);
-        let placed = if packs { pack(frames, arena) } else { place_in_memfd(frames, bytes) };
-        let frames = placed.map_err(|source| super::Error::Share { bytes: bytes as u64, source })?;
+        let frames =
+            if packs { pack(frames, arena, open) } else { place_in_memfd(frames, bytes as u64, open) }?;
         Ok(Object::new(kind, header, frames, nbytes))
     }
 
@@ -248,33 +265,50 @@ impl Object {
 }
 
 /// Places the large ones of an object's frames in the arena.
-fn pack(frames: Vec<Bytes>, arena: &Arena) -> Result<Vec<Frame>, sys::Error> {
-    let place = |frame: Bytes| match frame.len() {
-        len if len < SHARED_FRAME_MIN => Ok(Frame::heap(frame)),
-        _ => arena.copy(&frame),
+fn pack<T>(
+    frames: Vec<(usize, T)>,
+    arena: &Arena,
+    mut open: impl FnMut(T) -> Result<Bytes, super::Error>,
+) -> Result<Vec<Frame>, super::Error> {
+    let place = |(len, part)| {
+        let frame = open(part)?;
+        if len < SHARED_FRAME_MIN {
+            return Ok(Frame::heap(frame));
+        }
+        arena.copy(&frame).map_err(|source| super::Error::Share { bytes: len as u64, source })
     };
     frames.into_iter().map(place).collect()
 }
 
-/// Places the large ones of an object's frames in a memfd of its own; they take `total` bytes in it.
-fn place_in_memfd(frames: Vec<Bytes>, total: usize) -> Result<Vec<Frame>, sys::Error> {
-    let mut memory = MemfdMut::create("iqoqo-object", total as u64)?;
+/// Places the large ones of an object's frames in a memfd of its own; they take `total` bytes in it. No more than one of
+/// them is there twice.
+fn place_in_memfd<T>(
+    frames: Vec<(usize, T)>,
+    total: u64,
+    mut open: impl FnMut(T) -> Result<Bytes, super::Error>,
+) -> Result<Vec<Frame>, super::Error> {
+    let share = |source| super::Error::Share { bytes: total, source };
+    let mut memory = MemfdMut::create("iqoqo-object", total).map_err(share)?;
     let mut end = 0;
-    for frame in frames.iter().filter(|f| f.len() >= SHARED_FRAME_MIN) {
-        memory.as_mut()[end..end + frame.len()].copy_from_slice(frame);
-        end += frame.len().next_multiple_of(ALIGNMENT);
-    }
-    let memory = memory.seal()?;
-    let mapped = Bytes::from_owner(memory.map(0, total as u64)?);
-    let mut offset = 0;
-    let place = |frame: Bytes| {
-        if frame.len() < SHARED_FRAME_MIN {
-            return Frame::heap(frame);
+    let mut placed = Vec::with_capacity(frames.len());
+    for (len, part) in frames {
+        let frame = open(part)?;
+        if len < SHARED_FRAME_MIN {
+            placed.push(Err(frame));
+            continue;
         }
-        let segment = Segment::new(memory.fd().clone(), offset as u64);
-        let bytes = mapped.slice(offset..offset + frame.len());
-        offset += frame.len().next_multiple_of(ALIGNMENT);
-        Frame::shared(bytes, segment)
+        memory.as_mut()[end..end + len].copy_from_slice(&frame);
+        placed.push(Ok(end..end + len));
+        end += len.next_multiple_of(ALIGNMENT);
+    }
+    let memory = memory.seal().map_err(share)?;
+    let mapped = Bytes::from_owner(memory.map(0, total).map_err(share)?);
+    let frame = |place| match place {
+        Ok(Range { start, end }) => {
+            let segment = Segment::new(memory.fd().clone(), start as u64);
+            Frame::shared(mapped.slice(start..end), segment)
+        }
+        Err(small) => Frame::heap(small),
     };
-    Ok(frames.into_iter().map(place).collect())
+    Ok(placed.into_iter().map(frame).collect())
 }

@@ -17,11 +17,14 @@ use tokio::sync::Notify;
 use super::arena::Arena;
 use super::object::ALIGNMENT;
 use super::{Error, Frame, Object, SHARED_FRAME_MIN, Segment, is_worth_memfd};
-use crate::proto::{Payload, PayloadKind};
+use crate::proto::PayloadKind;
 use crate::sys::FinalFile;
 
 /// Bytes that are read at a time to see whether a file is whole.
 const CHUNK: usize = 256 * 1024;
+
+/// Compressed objects from this size on, in bytes, are read one at a time.
+const ALONE_MIN: u64 = 1 << 20;
 
 /// Compresses frames on their way to disk, and back.
 pub trait Codec: std::fmt::Debug + Send + Sync {
@@ -264,22 +267,26 @@ impl SpillFile {
         Ok(Object::new(self.kind, header, regions.map(frame).collect(), self.nbytes))
     }
 
-    /// An object in memory.
+    /// An object in memory. Frames are decompressed one by one.
     fn unpack(&self, contents: Bytes, arena: &Arena) -> Result<Object, Error> {
-        let mut parts = Vec::with_capacity(self.parts.len());
-        for (bytes, _, part) in self.regions(&contents)? {
-            parts.push(match (part.original, &self.codec) {
-                (Some(len), Some(codec)) => codec
-                    .decompress(&bytes, len)
-                    .filter(|original| original.len() as u64 == len)
-                    .ok_or_else(|| self.damaged("it cannot be decompressed"))?,
-                _ => bytes,
-            });
-        }
-        let mut parts = parts.into_iter();
-        let header = parts.next().unwrap_or_default();
-        let payload = Payload { kind: self.kind, header, frames: parts.collect() };
-        Object::from_payload(payload, self.nbytes, arena)
+        let mut regions = self.regions(&contents)?.into_iter();
+        let open = |(bytes, part): (Bytes, Part)| match (part.original, &self.codec) {
+            (Some(len), Some(codec)) => codec
+                .decompress(&bytes, len)
+                .filter(|original| original.len() as u64 == len)
+                .ok_or_else(|| self.damaged("it cannot be decompressed")),
+            _ => Ok(bytes),
+        };
+        let header = regions.next().map(|(bytes, _, part)| open((bytes, part))).transpose()?;
+        // a length in memory: it was one before
+        let length = |part: Part| part.original.unwrap_or(part.stored) as usize;
+        let frames = regions.map(|(bytes, _, part)| (length(part), (bytes, part))).collect();
+        Object::from_parts(self.kind, header.unwrap_or_default(), frames, self.nbytes, arena, open)
+    }
+
+    /// Whether reading it takes as much memory as it has bytes: then others should not be read besides.
+    pub(super) fn takes_memory(&self) -> bool {
+        self.nbytes >= ALONE_MIN && self.parts.iter().any(|part| part.original.is_some())
     }
 }
 
@@ -290,6 +297,7 @@ mod tests {
 
     use super::super::MEMFD_MIN;
     use super::*;
+    use crate::proto::Payload;
 
     const ROOM: u64 = u64::MAX;
 
