@@ -85,7 +85,12 @@ class ServiceShuffle:
 
     async def _run(self, shuffle_id: Any, key: Any, known: list[int]) -> Answer:
         run = await self.plugin.shuffle_runs.get_or_create(shuffle_id, key)
+        run.rpc = self._peer
         return bundle((True, (run.run_id, self._layout(run, known))))
+
+    def _peer(self, address: str) -> Any:
+        peer = self._worker.rpc(address)
+        return Here(self.plugin, peer) if address == self._worker.address else peer
 
     async def _write(self, shuffle_id: Any, run_id: int, shards: Any, digests: Any) -> Answer:
         self._digest(digests)
@@ -129,6 +134,22 @@ class ServiceShuffle:
     def _digest(self, digests: list[tuple[Hashable, float]]) -> None:
         for name, value in digests:
             self._worker.digest_metric(name, value)
+
+
+class Here:
+    """This worker as one of a shuffle's peers: what is for itself needs no connection."""
+
+    def __init__(self, plugin: ShuffleWorkerPlugin, remote: Any) -> None:
+        self._plugin = plugin
+        self._remote = remote
+
+    async def shuffle_receive(self, data: Any, shuffle_id: Any, run_id: int) -> Any:
+        run = self._plugin.shuffle_runs._active_runs.get(shuffle_id)
+        if run is None or isinstance(run._disk_buffer, MemoryShardsBuffer):
+            # shards that stay in memory would hold all that came with them
+            return await self._remote.shuffle_receive(data=data, shuffle_id=shuffle_id, run_id=run_id)
+        answer = await self._plugin.shuffle_receive(shuffle_id=shuffle_id, run_id=run_id, data=data.data)
+        return {field: getattr(value, "data", value) for field, value in answer.items()}
 
 
 def opened(path: Path) -> tuple[Any, int]:
