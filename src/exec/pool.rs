@@ -151,12 +151,6 @@ impl Pool {
             state: Mutex::new(State { nanny, ..State::default() }),
         });
         zygote::start(&shared)?;
-        {
-            let mut state = shared.state();
-            if state.has_plugins_to_run() {
-                state.service(&shared)?;
-            }
-        }
         Ok(Pool(shared))
     }
 

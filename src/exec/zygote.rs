@@ -163,7 +163,16 @@ struct Lived {
 /// Serves one zygote until it is dead, and its children with it.
 async fn live(shared: &Arc<Shared>, launched: Launched) -> Lived {
     let Launched { mut inbox, mut ended, mut stopped, tail } = launched;
-    shared.state().fill(shared);
+    {
+        let mut state = shared.state();
+        state.fill(shared);
+        // one that was there died with the last zygote
+        if state.has_plugins_to_run()
+            && let Err(error) = state.service(shared)
+        {
+            tracing::warn!("no service process for plugins: {}", telemetry::chain(&error));
+        }
+    }
     let mut was_ready = false;
     let gone = loop {
         tokio::select! {

@@ -416,6 +416,27 @@ def test_environ(scheduler, launch):
         client.unregister_worker_plugin("environ", nanny=True)
 
 
+def test_what_a_worker_plugin_does_to_its_process_ends_with_it(scheduler, launch):
+    class Sets(WorkerPlugin):
+        name = "sets"
+
+        def setup(self, worker):
+            os.environ["COMPAT_SET"] = "1"
+            sys.path.append("/compat")
+
+    def seen():
+        return os.getenv("COMPAT_SET"), "/compat" in sys.path
+
+    with Client(scheduler.address) as client:
+        join(client, launch.worker(scheduler.address))
+        client.register_plugin(Sets())
+        assert client.submit(seen, pure=False).result() == ("1", True)
+        client.unregister_worker_plugin("sets")
+        client.register_plugin(Environ({"COMPAT_VALUE": 5}), name="environ")
+        assert client.submit(seen, pure=False).result() == (None, False)
+        client.unregister_worker_plugin("environ", nanny=True)
+
+
 def test_nanny_plugin(scheduler, launch, tmp_path):
     notes = str(tmp_path / "notes")
 

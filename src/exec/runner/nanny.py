@@ -16,6 +16,8 @@ from tornado.ioloop import IOLoop
 
 from .worker import Worker
 
+Changes = tuple[list[tuple[str, str | None]], list[str]]
+
 
 class Nanny:
     """The nanny as plugins see it."""
@@ -26,7 +28,7 @@ class Nanny:
         self.handlers: dict[str, Callable[..., Any]] = {}
         configured = dask.config.get("distributed.nanny.environ", {})
         self.env = {name: str(value) for name, value in configured.items()}
-        self._before = self._environment(), list(sys.path)
+        self._changes: Changes | None = None
         #: Why the worker is to be restarted, if it is.
         self.restart_reason: str | None = None
 
@@ -71,7 +73,16 @@ class Nanny:
     io_loop = loop
 
     async def plugin_add(self, plugin: Any, name: str | None = None) -> Any:
-        return await distributed.nanny.Nanny.plugin_add(self, plugin=plugin, name=name)  # type: ignore[arg-type]
+        # what worker plugins do to this process is not for those to come
+        environment, path = self._environment(), list(sys.path)
+        answer = await distributed.nanny.Nanny.plugin_add(self, plugin=plugin, name=name)  # type: ignore[arg-type]
+        now = self._environment()
+        variables = [(name, now.get(name)) for name in {**environment, **now}]
+        changed = [(name, value) for name, value in variables if environment.get(name) != value]
+        added = [entry for entry in sys.path if entry not in path]
+        if changed or added:
+            self._changes = changed, added
+        return answer
 
     async def plugin_remove(self, name: str) -> Any:
         return await distributed.nanny.Nanny.plugin_remove(self, name=name)  # type: ignore[arg-type]
@@ -84,14 +95,10 @@ class Nanny:
     def log_event(self, topic: Any, msg: Any) -> None:
         self._worker.log_event(topic, msg)
 
-    def changes(self) -> tuple[list[tuple[str, str | None]], list[str]] | None:
-        """What plugins have made of environment and `sys.path`, for processes to come."""
-        environment, path = self._before
-        now = self._environment()
-        variables = [(name, now.get(name)) for name in {**environment, **now}]
-        changed = [(name, value) for name, value in variables if environment.get(name) != value]
-        added = [entry for entry in sys.path if entry not in path]
-        return (changed, added) if changed or added else None
+    def take_changes(self) -> Changes | None:
+        """What the last plugin has made of environment and `sys.path`, for processes to come."""
+        changes, self._changes = self._changes, None
+        return changes
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **self.env}

@@ -29,6 +29,8 @@ from .shuffle import ServiceShuffle
 from .worker import Worker
 
 TARGETS: Final = ("Worker", "Nanny")
+PLUGIN_MAX: Final = 200 * 2**20
+"""Bytes of a plugin's pickle. Every runner gets it, in one message."""
 # Ops of stock workers and nannies that are not supported yet. An op that nobody knows is answered with None,
 # which callers of these would take for an answer.
 NOT_YET: Final = frozenset(
@@ -208,11 +210,14 @@ class Service:
             try:
                 if TARGETS[target] == "Nanny":
                     await self.nanny.plugin_add(plugin=plugin, name=name)
+                    self._tell_what_changed()
                 else:
                     await self._add_to_worker(plugin, name)
             except Exception:
                 logger.exception("%s plugin %s cannot be set up", TARGETS[target], name)
-        self._tell_what_changed()
+        # a restart that they want was when they were new
+        self.nanny.restart_reason = None
+        self._tell_what_is_held()
 
     async def _add_to_worker(self, plugin: Any, name: str, catch_errors: bool = True) -> Any:
         answer = await self.worker.plugin_add(plugin=plugin, name=name, catch_errors=catch_errors)
@@ -221,23 +226,21 @@ class Service:
         return answer
 
     async def _plugin_add(self, plugin: bytes, name: str | None = None, catch_errors: bool = True) -> Any:
-        if name is None:
-            name = _get_plugin_name(pickle.loads(plugin))
+        name = checked(plugin, name)
         answer = await self._add_to_worker(plugin, name, catch_errors)
         if answer["status"] == "OK":
             self.data.send((channel.PLUGIN_ADDED, TARGETS.index("Worker"), name, plugin))
-        self._tell_what_changed()
+        self._tell_what_is_held()
         return answer
 
     async def _plugin_remove(self, name: str) -> Any:
         answer = await self.worker.plugin_remove(name=name)
         self.data.send((channel.PLUGIN_REMOVED, TARGETS.index("Worker"), name))
-        self._tell_what_changed()
+        self._tell_what_is_held()
         return answer
 
     async def _nanny_plugin_add(self, plugin: bytes, name: str | None = None) -> Any:
-        if name is None:
-            name = _get_plugin_name(pickle.loads(plugin))
+        name = checked(plugin, name)
         answer = await self.nanny.plugin_add(plugin=plugin, name=name)
         if answer["status"] == "OK":
             self.data.send((channel.PLUGIN_ADDED, TARGETS.index("Nanny"), name, plugin))
@@ -250,7 +253,7 @@ class Service:
         return answer
 
     def _tell_what_changed(self) -> None:
-        changes = self.nanny.changes()
+        changes = self.nanny.take_changes()
         if changes is not None:
             self.data.send((channel.ENVIRONMENT, *changes))
         self._tell_what_is_held()
@@ -326,6 +329,13 @@ class Service:
                 await self.nanny.plugin_remove(name)
         if not self._closed.done():
             self._closed.set_result(None)
+
+
+def checked(plugin: bytes, name: str | None) -> str:
+    """The name of a plugin that may be passed on to other processes."""
+    if len(plugin) > PLUGIN_MAX:
+        raise ValueError(f"a plugin of {len(plugin)} bytes is too large: at most {PLUGIN_MAX} are taken")
+    return name or _get_plugin_name(pickle.loads(plugin))
 
 
 def open_frames(frames: Iterable[Any], descriptors: Descriptors) -> list[Any]:

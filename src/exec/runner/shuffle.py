@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import glob
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections import OrderedDict
@@ -31,6 +31,7 @@ from .channel import Descriptors
 Answer = tuple[bytes, list[int]]
 
 NAME: Final = "shuffle"
+RUN_DIRECTORY: Final = re.compile("shuffle-[0-9a-f]{32}-[0-9]+")
 RUNS_MAX: Final = 32
 """Runs of which a runner knows the layout at once."""
 
@@ -66,8 +67,9 @@ class ServiceShuffle:
     def begin(self, plugin: ShuffleWorkerPlugin) -> None:
         """Called when the plugin was set up: keeps what the scheduler says about each run."""
         # Run ids begin anew with the scheduler: what an earlier process left must not be appended to.
-        for left in glob.glob(os.path.join(glob.escape(self._worker.local_directory), "shuffle-*")):
-            shutil.rmtree(left, ignore_errors=True)
+        for entry in os.scandir(self._worker.local_directory):
+            if RUN_DIRECTORY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
         runs = plugin.shuffle_runs
         fetch = runs._fetch
 
