@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test test-rust test-python test-versions oracle lint format bench fuzz fuzz-smoke
+.PHONY: help venv build demo test test-rust test-python test-versions oracle lint format bench bench-work fuzz fuzz-smoke
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ format: $(VENV)/.installed ## format Rust and Python
 bench: build $(VENV)/.installed ## measure stock, ours and a worker that does nothing side by side
 	cargo build --locked --release --example do_nothing_worker
 	@$(RUN)/python -m benches.side_by_side $(ARGS)
+
+bench-work: build $(VENV)/.installed ## measure arrays, dataframes, bags and futures on stock and ours
+	@$(RUN)/python -m benches.real_work $(ARGS)
 
 # Each target is one parser of bytes that a peer sends; FUZZ_SECONDS is for each of them.
 FUZZ_TARGETS := $(notdir $(basename $(wildcard fuzz/src/bin/*.rs)))

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from demo.processes import Interrupted, ProcessDied, Processes, ignore_signals, raise_on_signals
+from demo.processes import Processes
 
 from . import report, rounds
+from .supervise import supervise
 
 
 def parse() -> argparse.Namespace:
@@ -76,32 +76,17 @@ def run(arguments: argparse.Namespace, processes: Processes, directory: Path) ->
     finally:
         cluster.close()
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(report.document(found, dataclasses.asdict(settings), method) + "\n")
-    print(f"\nmedian (least-most) of {arguments.rounds} rounds, CPU from {method}\n\n{report.table(found)}")
+    arguments.json.write_text(
+        report.document(found, report.ROWS, dataclasses.asdict(settings), method) + "\n"
+    )
+    print(f"\nmedian (least-most) of {arguments.rounds} rounds, CPU from {method}\n")
+    print(report.table(found, report.ROWS))
     print(f"\nwritten to {arguments.json}")
 
 
 def main() -> int:
     arguments = parse()
-    raise_on_signals()
-    signal.alarm(arguments.timeout)
-    code = 1
-    with tempfile.TemporaryDirectory(prefix="side-by-side-", ignore_cleanup_errors=True) as directory:
-        processes = Processes(Path(directory))
-        try:
-            run(arguments, processes, Path(directory))
-            code = 0
-        except Interrupted as interrupted:
-            code = 128 + interrupted.signum
-            print(f"\n{interrupted}: stopping", flush=True)
-        except (rounds.RoundFailed, ProcessDied, OSError, TimeoutError) as error:
-            print(f"\n{error}", file=sys.stderr)
-        finally:
-            ignore_signals()
-            complaints = processes.stop()
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return code or (1 if complaints else 0)
+    return supervise("side-by-side", arguments.timeout, functools.partial(run, arguments))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,14 @@ def ratios(rounds: Rounds, row: str, kind: str, to: str) -> list[float]:
     return [ours[row] / theirs[row] for ours, theirs in pairs if theirs[row] > 0]
 
 
-def table(rounds: Rounds) -> str:
+def table(rounds: Rounds, rows: Mapping[str, str]) -> str:
     """Medians with their extremes, and ratios to stock and to the floor."""
     kinds = list(rounds)
     references = [kind for kind in ("stock", "nothing") if kind in kinds]
     compared = [(kind, to) for to in references for kind in kinds if kind not in ("nothing", to)]
     header = ["", *kinds, *(f"{kind} / {to}" for kind, to in compared)]
     lines = [header]
-    for row, title in ROWS.items():
+    for row, title in rows.items():
         values = [spread([round_[row] for round_ in rounds[kind]]) for kind in kinds]
         shares = [spread(ratios(rounds, row, kind, to)) for kind, to in compared]
         lines.append([title, *values, *shares])
@@ -69,7 +69,7 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def document(rounds: Rounds, settings: Mapping[str, Any], cpu_method: str) -> str:
+def document(rounds: Rounds, rows: Iterable[str], settings: Mapping[str, Any], cpu_method: str) -> str:
     """Everything that was measured, with what is needed to read it later."""
     return json.dumps(
         {
@@ -86,7 +86,7 @@ def document(rounds: Rounds, settings: Mapping[str, Any], cpu_method: str) -> st
             "settings": {**settings, "cpu_from": cpu_method},
             "rounds": {kind: list(values) for kind, values in rounds.items()},
             "median": {
-                kind: {row: statistics.median([round_[row] for round_ in values]) for row in ROWS}
+                kind: {row: statistics.median([round_[row] for round_ in values]) for row in rows}
                 for kind, values in rounds.items()
             },
         },

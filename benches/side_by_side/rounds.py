@@ -43,6 +43,10 @@ class Settings:
     idle_seconds: float
     nthreads: int
 
+    def options(self) -> list[str]:
+        """What each worker is started with."""
+        return ["--nthreads", str(self.nthreads)]
+
 
 class Cluster:
     """The scheduler and the client that all kinds of worker share."""
@@ -65,7 +69,7 @@ class Cluster:
         self._started += 1
         name = f"{kind}-{self._started}"
         meter = CpuMeter(name)
-        options = ["--nthreads", str(settings.nthreads), "--local-directory", self.directory / name]
+        options = [*settings.options(), "--local-directory", self.directory / name]
         argv = [*KINDS[kind], self.client.scheduler.address, *options]
         try:
             meter.watch(self.processes.start(name, meter.wrap(argv)))

@@ -1,0 +1,1 @@
+"""Real work on stock `dask worker` and on ours: arrays, dataframes, bags, futures."""
