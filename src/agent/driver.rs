@@ -35,6 +35,8 @@ pub(super) const NANNY: &str = "distributed.nanny";
 const FIND_MISSING: Duration = Duration::from_secs(1);
 /// Time until a busy peer is asked again.
 const RETRY_BUSY: Duration = Duration::from_millis(150);
+/// Time that a runner may have nothing to do before it gives up its results.
+const KEPT_IDLE: Duration = Duration::from_secs(10);
 /// Outcomes handled before runners are given tasks ahead again.
 const BURST: usize = 64;
 
@@ -137,6 +139,7 @@ impl Driver {
     /// Drives until the registration ends. What is left to be sent is sent.
     pub(super) async fn run(mut self, mut inputs: Inputs<'_>) -> End {
         self.set_status(Status::Running, &self.own_id.clone());
+        self.leave_to_runners();
         let mut find_missing = ticks(FIND_MISSING);
         let mut sample = ticks(self.shared.config.monitor.interval);
         let mut memory = ticks(self.memory_interval());
@@ -393,6 +396,8 @@ impl Driver {
 
     /// Takes a sample of the machine.
     fn sample(&mut self) {
+        self.leave_to_runners();
+        self.pool.publish(Some(KEPT_IDLE));
         let pids: Vec<u32> = self.pool.processes().iter().map(|process| process.pid).collect();
         if let Err(error) = self.shared.store.tidy() {
             warn!("{}", telemetry::chain(&error));

@@ -12,7 +12,7 @@ use crate::exec::{self, Cause, Job, Recall, Stream};
 use crate::proto::{Key, RunId, Value};
 use crate::scheduler::now;
 use crate::state::{ErrorMessage, EventKind, Report, SchedulerMessage, StateName, Stored, Task, TypeInfo};
-use crate::store::{Lookup, Object};
+use crate::store::{Live, Lookup, Object};
 use crate::telemetry::CauseLabel;
 
 /// Longest pickle of a task that may be called brief: opening it takes time too.
@@ -25,8 +25,22 @@ const INTERPRETER_ATTEMPTS: u32 = 3;
 pub(super) enum NoJob {
     /// These inputs have to be read from disk; the others, which are here, are kept for it.
     OnDisk { inputs: Vec<Key>, others: Vec<(Key, Object)> },
+    /// An input is not held any more.
+    Short,
     /// It cannot be run at all.
     Error(Box<ErrorMessage>),
+}
+
+/// A task's end, once its result is held.
+struct Success {
+    key: Key,
+    run_id: RunId,
+    nbytes: u64,
+    type_: TypeInfo,
+    start: f64,
+    stop: f64,
+    thread: i64,
+    cpu: f64,
 }
 
 impl Driver {
@@ -79,16 +93,20 @@ impl Driver {
             return fail("KeyError", format!("{key:?}"));
         };
         let annotations = task.annotations().cloned().unwrap_or_else(|| Arc::new(Value::Nil));
-        let (mut inputs, mut on_disk) = (Vec::new(), Vec::new());
+        let (mut inputs, mut live, mut on_disk) = (Vec::new(), Vec::new(), Vec::new());
         for dependency in self.state.dependencies(task) {
             if let Some(object) = loaded.get(dependency) {
                 inputs.push((dependency.clone(), object.clone()));
                 continue;
             }
+            if let Some(kept) = self.shared.store.live(dependency) {
+                live.push(kept);
+                continue;
+            }
             match self.shared.store.find(dependency) {
                 Lookup::Here(object) => inputs.push((dependency.clone(), object)),
                 Lookup::OnDisk => on_disk.push(dependency.clone()),
-                Lookup::Nowhere => return fail("KeyError", format!("{dependency:?}")),
+                Lookup::Nowhere => return Err(NoJob::Short),
             }
         }
         if !on_disk.is_empty() {
@@ -96,13 +114,14 @@ impl Driver {
         }
         let actor = task.is_actor();
         let brief = !actor
+            && live.is_empty()
             && self.ahead.is_brief(task.prefix())
             && run_spec.frames.is_empty()
             && run_spec.header.len() < BRIEF_BYTES
             && inputs
                 .iter()
                 .all(|(_, object)| object.shared_bytes() == 0 && object.heap_bytes() < BRIEF_BYTES as u64);
-        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, annotations, brief, actor })
+        Ok(Job { key: key.clone(), run_id: task.run_id(), run_spec, inputs, live, annotations, brief, actor })
     }
 
     /// Gives busy runners what comes next, so that they need not wait for it.
@@ -117,7 +136,12 @@ impl Driver {
         if self.ahead.len() * 2 > wanted || self.pool.prefetch_room() == 0 {
             return;
         }
-        for key in self.state.peek_ready(wanted) {
+        // whose inputs are in a runner that has no room may be passed over
+        let passed_over = if self.shared.store.has_live() { wanted } else { 0 };
+        for key in self.state.peek_ready(wanted + passed_over) {
+            if self.ahead.len() >= wanted {
+                return;
+            }
             if self.ahead.get(&key).is_some() {
                 continue;
             }
@@ -125,7 +149,10 @@ impl Driver {
             let Ok(job) = self.job(&key, &FxHashMap::default()) else { continue };
             let run_id = job.run_id;
             if self.pool.prefetch(job).is_err() {
-                return;
+                if self.pool.prefetch_room() == 0 {
+                    return;
+                }
+                continue;
             }
             self.ahead.hand(key, run_id);
         }
@@ -218,9 +245,12 @@ impl Driver {
                     self.end = Some(End::Failed(Error::Interpreter { text }));
                 }
             }
-            exec::Event::Finished(_) | exec::Event::Failed(_) | exec::Event::Reschedule { .. } => {
-                self.done(event)
-            }
+            exec::Event::Published { live } => self.shared.store.published(&live),
+            exec::Event::Lost { results } => self.lost(&results),
+            exec::Event::Finished(_)
+            | exec::Event::Kept(_)
+            | exec::Event::Failed(_)
+            | exec::Event::Reschedule { .. } => self.done(event),
         }
     }
 
@@ -228,6 +258,7 @@ impl Driver {
     fn done(&mut self, event: exec::Event) {
         let (key, run_id) = match &event {
             exec::Event::Finished(finished) => (&finished.key, finished.run_id),
+            exec::Event::Kept(kept) => (kept.live.key(), kept.run_id),
             exec::Event::Failed(failed) => (&failed.key, failed.run_id),
             exec::Event::Reschedule { key, run_id } => (key, *run_id),
             _ => return,
@@ -245,6 +276,7 @@ impl Driver {
     fn deliver(&mut self, event: exec::Event) {
         match event {
             exec::Event::Finished(finished) => self.finished(*finished),
+            exec::Event::Kept(kept) => self.kept(*kept),
             exec::Event::Failed(failed) => self.failed(*failed),
             exec::Event::Reschedule { key, .. } => {
                 self.apply_own("reschedule", EventKind::Reschedule { key })
@@ -256,15 +288,48 @@ impl Driver {
     fn finished(&mut self, finished: exec::Finished) {
         let exec::Finished { key, run_id, object, type_pickled, typename, start, stop, thread, cpu } =
             finished;
+        let nbytes = object.nbytes();
+        self.shared.store.insert(key.clone(), object);
+        let type_ = TypeInfo { pickled: type_pickled, name: typename };
+        self.succeeded(Success { key, run_id, nbytes, type_, start, stop, thread, cpu });
+    }
+
+    fn kept(&mut self, kept: exec::Kept) {
+        let exec::Kept { run_id, live, type_pickled, typename, start, stop, thread, cpu } = kept;
+        let (key, nbytes) = (live.key().clone(), live.nbytes());
+        match (live.object(), live.is_lost()) {
+            (None, true) => {
+                // its runner died meanwhile
+                self.apply_own("reschedule", EventKind::Reschedule { key });
+                return;
+            }
+            (Some(object), _) => self.shared.store.insert(key.clone(), object.clone()),
+            (None, false) => self.shared.store.keep(live),
+        }
+        let type_ = TypeInfo { pickled: type_pickled, name: typename };
+        self.succeeded(Success { key, run_id, nbytes, type_, start, stop, thread, cpu });
+    }
+
+    /// Results are gone with their runner: who still waits for one is told so, and the scheduler.
+    fn lost(&mut self, results: &[Live]) {
+        let lost = results.iter().filter(|live| self.shared.store.lost(live));
+        let keys: Vec<Key> = lost.map(|live| live.key().clone()).collect();
+        if !keys.is_empty() {
+            warn!(target: WORKER, "{} results are lost with the process that had made them", keys.len());
+            self.apply_own("data-lost", EventKind::DataLost { keys });
+        }
+    }
+
+    /// A task's result is held.
+    fn succeeded(&mut self, success: Success) {
+        let Success { key, run_id, nbytes, type_, start, stop, thread, cpu } = success;
         if let Some(task) = self.state.task(&key) {
             let (prefix, span) = (task.prefix().clone(), task.span_id().cloned());
             self.ahead.took(&prefix, stop - start);
             self.executed.add(prefix, span, stop - start, cpu);
         }
-        let nbytes = object.nbytes();
-        self.shared.store.insert(key.clone(), object);
         self.stored();
-        let type_ = Some(TypeInfo { pickled: type_pickled, name: typename });
+        let type_ = Some(type_);
         let (thread, startstops, metadata) = (Some(thread), Vec::new(), None);
         let kind = EventKind::ExecuteSuccess {
             key,

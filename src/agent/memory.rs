@@ -29,6 +29,8 @@ const SLACK: f64 = 0.1;
 /// Bytes by which a runner may have grown, at least, and part of the memory limit, before it is replaced.
 const GROWTH_MIN: u64 = 32 << 20;
 const GROWTH: f64 = 0.05;
+/// Part of the memory limit that results may take in the runners that made them.
+const KEPT: f64 = 0.3;
 /// Time between two lines about memory that is not ours to spill.
 const UNMANAGED_COMPLAINTS: Duration = Duration::from_secs(300);
 /// Longest time that too much memory is put up with, once it was seen.
@@ -211,6 +213,9 @@ impl Driver {
 
     /// Something was put into the store.
     pub(super) fn stored(&mut self) {
+        if self.shared.store.has_live() && self.is_above_target() {
+            self.take_from_runners();
+        }
         if !self.pressure.is_on() {
             return;
         }
@@ -253,8 +258,36 @@ impl Driver {
             );
         }
         if is_tight {
+            self.take_from_runners();
             self.replace_grown(&processes);
         }
+    }
+
+    /// Whether there are more results in memory than there should be, those in runners included.
+    fn is_above_target(&self) -> bool {
+        let usage = self.shared.store.usage();
+        let share = self.pressure.share(usage.in_memory() + usage.live);
+        self.pressure.config.target.is_some_and(|target| share > target)
+    }
+
+    /// Lets runners keep results again once there is memory for that.
+    pub(super) fn leave_to_runners(&self) {
+        let is_tight = self.pressure.seen.is_some_and(|(used, ..)| self.pressure.is_tight(used));
+        if !is_tight && !self.is_above_target() {
+            self.pool.let_keep(self.kept_in_runners());
+        }
+    }
+
+    /// Has results published that are in runners, so that they can be spilled.
+    fn take_from_runners(&self) {
+        self.pool.let_keep(0);
+        self.pool.publish(None);
+    }
+
+    /// Bytes of results that each runner may keep to itself.
+    fn kept_in_runners(&self) -> u64 {
+        let slots = self.shared.config.exec.slots.max(1) as f64;
+        self.pressure.limit.map_or(u64::MAX, |limit| (limit as f64 * KEPT / slots) as u64)
     }
 
     fn limit_text(&self) -> String {

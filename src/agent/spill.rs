@@ -41,6 +41,7 @@ impl Driver {
     fn submit_with(&mut self, key: Key, run_id: RunId, loaded: FxHashMap<Key, Object>) {
         match self.job(&key, &loaded) {
             Ok(job) => self.pool.submit(job),
+            Err(NoJob::Short) => self.give_back(key),
             Err(NoJob::Error(error)) => self.refuse(key, run_id, *error),
             Err(NoJob::OnDisk { inputs, others }) => {
                 let (store, jobs) = (self.shared.store.clone(), self.jobs.clone());
@@ -66,8 +67,7 @@ impl Driver {
             return self.refuse(key, run_id, failure(&error));
         }
         if is_short {
-            self.running.remove(&key);
-            return self.apply_own("reschedule", EventKind::Reschedule { key });
+            return self.give_back(key);
         }
         if stop - start > WORTH_TELLING {
             let delay = self.shared.scheduler.clock().delay();
@@ -75,6 +75,12 @@ impl Driver {
             self.state.add_startstop(&key, StartStop { action: Action::DiskRead, start, stop, source: None });
         }
         self.submit_with(key, run_id, inputs);
+    }
+
+    /// A task whose inputs are lost is the scheduler's again.
+    fn give_back(&mut self, key: Key) {
+        self.running.remove(&key);
+        self.apply_own("reschedule", EventKind::Reschedule { key });
     }
 
     /// Tells of results whose files were damaged.

@@ -78,6 +78,7 @@ impl Shared {
             self.emit(Event::RunnerDied { pid, cause, key: blamed, requeued });
         }
         state.fill(self);
+        state.unpark(self);
         state.flush();
     }
 }
@@ -95,6 +96,7 @@ impl State {
         let started = runner.mailbox.started();
         let tail = runner.tail.text();
         let (mut blamed, mut requeued, mut again) = (None, Vec::new(), Vec::new());
+        let lost = runner.home.lose();
         for queued in runner.queue.drain(..).filter(|queued| queued.recall != Recalled::Yes) {
             let key = queued.key().clone();
             forget_place(&mut self.places, id, &queued);
@@ -119,6 +121,10 @@ impl State {
                     fail(shared, &attempt.job, &died);
                 }
             }
+        }
+        // after failures: what the scheduler is told of a task that waits for lost inputs again it does not believe
+        if !lost.is_empty() {
+            shared.emit(Event::Lost { results: lost });
         }
         // in their old order, before what came later
         for attempt in again.into_iter().rev() {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustc_hash::FxHashMap;
 
 use super::ipc::{self, FromChild, Outgoing, RawFailure, Role, ToChild};
+use super::live::Access;
 use super::object::{Places, Segments};
 use super::pool::{Shared, State};
 use super::slot::{self, Attempt, Queued, RETIRED, Recalled, Runner};
@@ -35,7 +36,8 @@ impl State {
         if self.stopping {
             return;
         }
-        match self.find_runner(shared, attempt.job.brief) {
+        let attempt = self.recall_crashes(attempt);
+        match self.find_runner(shared, &attempt.job) {
             Ok(Some(id)) => self.hand_over(shared, id, attempt, false),
             Ok(None) => self.pending.push_back(attempt),
             Err(text) => fail(shared, &attempt.job, &Exception::builtin("RuntimeError", text)),
@@ -43,11 +45,13 @@ impl State {
     }
 
     /// An idle runner, or a new one if there may be one more. For a brief job, one that others are about to be sent to.
-    fn find_runner(&mut self, shared: &Arc<Shared>, brief: bool) -> Result<Option<u64>, String> {
-        if brief && let Some(id) = self.company() {
+    fn find_runner(&mut self, shared: &Arc<Shared>, job: &Job) -> Result<Option<u64>, String> {
+        if job.brief
+            && let Some(id) = self.company()
+        {
             return Ok(Some(id));
         }
-        if let Some(id) = self.idle.pop() {
+        if let Some(id) = self.take_idle(job) {
             return Ok(Some(id));
         }
         if self.width() < shared.config.slots && self.zygote.is_there() {
@@ -66,7 +70,10 @@ impl State {
     /// Asks the zygote for a runner, which can be handed jobs at once.
     pub(super) fn fork(&mut self, shared: &Arc<Shared>) -> Result<u64, super::Error> {
         let id = self.new_id();
-        let (runner, ends) = Runner::prepare()?;
+        let (runner, ends) = Runner::prepare(id)?;
+        if self.keep > 0 {
+            runner.let_keep(self.keep);
+        }
         if let Some(info) = &self.info {
             runner.configure(info);
         }
@@ -75,7 +82,7 @@ impl State {
         }
         self.zygote.send(&ToChild::Fork { child: id, role: Role::Runner }, ends.fds);
         tokio::spawn(slot::serve(shared.clone(), id, ends.data, runner.exited.clone()));
-        tokio::spawn(slot::serve_control(shared.clone(), id, ends.control));
+        tokio::spawn(slot::serve_control(shared.clone(), id, ends.control, runner.home.clone()));
         for pipe in &runner.pipes {
             let whose = move |shared: &Shared, line: &str| shared.runner_wrote(id, line);
             tokio::spawn(slot::log_output(shared.clone(), pipe.clone(), whose));
@@ -90,6 +97,11 @@ impl State {
             self.pending.push_front(attempt);
             return;
         };
+        if !attempt.job.live.is_empty() && !matches!(attempt.job.access(id), Access::Yes) {
+            self.rest(id);
+            self.park(shared, id, attempt);
+            return;
+        }
         let (key, brief) = (attempt.job.key.clone(), attempt.job.brief);
         match runner.hand_over(attempt, prefetched) {
             Ok(seq) => {
@@ -183,7 +195,7 @@ impl State {
     /// Gives waiting jobs to runners that can take them.
     pub(super) fn fill(&mut self, shared: &Arc<Shared>) {
         while let Some(attempt) = self.pending.pop_front() {
-            match self.find_runner(shared, attempt.job.brief) {
+            match self.find_runner(shared, &attempt.job) {
                 Ok(Some(id)) => self.hand_over(shared, id, attempt, false),
                 Ok(None) => {
                     self.pending.push_front(attempt);
@@ -199,7 +211,9 @@ impl State {
         let candidates = self.runners.iter().filter(|(_, runner)| {
             runner.is_usable() && runner.current().is_some() && runner.waiting() < room
         });
+        let candidates = candidates.filter(|(id, _)| matches!(job.access(**id), Access::Yes));
         let Some((&id, runner)) = candidates.min_by_key(|(_, runner)| runner.waiting()) else {
+            job.bring_together();
             return Err(job);
         };
         let attempt = Attempt { crashes: 0, job: Arc::new(job) };
@@ -224,6 +238,10 @@ impl State {
     pub(super) fn try_recall(&mut self, key: &Key) -> Recall {
         if let Some(at) = self.pending.iter().position(|attempt| attempt.job.key == *key) {
             self.pending.remove(at);
+            return Recall::Recalled;
+        }
+        if let Some(at) = self.parked.iter().position(|attempt| attempt.job.key == *key) {
+            self.parked.remove(at);
             return Recall::Recalled;
         }
         let Some((runner, at)) = self.locate(key) else { return Recall::Unknown };
@@ -261,7 +279,7 @@ impl State {
     }
 
     /// Takes the job a runner speaks of off its queue. `None` when it is not the one it should speak of.
-    fn conclude(&mut self, shared: &Shared, id: u64, seq: u64) -> Option<Queued> {
+    pub(super) fn conclude(&mut self, shared: &Shared, id: u64, seq: u64) -> Option<Queued> {
         let runner = self.runners.get_mut(&id)?;
         if runner.queue.front()?.seq != seq {
             return None;
@@ -301,8 +319,9 @@ impl State {
 
     /// Lets a runner end that is one too many.
     pub(super) fn retire(&mut self, id: u64) {
+        let publish = !self.stopping;
         if let Some(runner) = self.runners.get_mut(&id)
-            && let Ok(message) = Outgoing::new(&ToChild::Exit, Vec::new())
+            && let Ok(message) = Outgoing::new(&ToChild::Exit { publish }, Vec::new())
         {
             runner.seceded = true;
             runner.doom = Some(RETIRED);
@@ -328,7 +347,7 @@ impl State {
 }
 
 /// A message that no runner sends at this point.
-const MISPLACED: ipc::Error = ipc::Error::Form { tag: None };
+pub(super) const MISPLACED: ipc::Error = ipc::Error::Form { tag: None };
 
 impl Shared {
     /// A runner's word about its tasks.
@@ -361,6 +380,12 @@ impl Shared {
                     thread: done.thread,
                     cpu: done.cpu,
                 })));
+            }
+            FromChild::Kept { seq, done } => self.kept(&mut state, id, seq, done)?,
+            FromChild::Published { token, object } => {
+                let home = state.runners.get(&id).map(|runner| runner.home.clone()).ok_or(MISPLACED)?;
+                drop(state);
+                return self.published(&home, token, object, &segments);
             }
             FromChild::Failed { seq, failure } => {
                 let failed = self.failed(&segments, *failure)?;
@@ -441,6 +466,11 @@ impl Shared {
             if let Some(attempt) = state.pending.remove(at) {
                 self.emit(Event::Skipped { key: key.clone(), run_id: attempt.job.run_id });
             }
+            return;
+        }
+        if let Some(at) = state.parked.iter().position(|attempt| attempt.job.key == *key) {
+            let run_id = state.parked.remove(at).job.run_id;
+            self.emit(Event::Skipped { key: key.clone(), run_id });
             return;
         }
         let Some((runner, at)) = state.locate(key) else { return };

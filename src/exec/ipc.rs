@@ -4,6 +4,7 @@
 //! descriptors ride with the first bytes. The other end is `runner/channel.py`. What comes from a child is the word of
 //! a process that runs users' code: lengths, counts and types are checked here, meaning is checked by the callers.
 
+mod outcome;
 mod plugins;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -12,9 +13,11 @@ use bytes::{Bytes, BytesMut};
 use rmp::encode::{self, ByteBuf};
 
 use crate::proto::{Key, Payload, PayloadKind, Value};
-use crate::store::{Frame, Object, SHARED_FRAME_MIN, Segment};
+use crate::store::{Frame, Live, Object, SHARED_FRAME_MIN, Segment};
 use crate::sys::{self, MemfdMut};
 use crate::wire::{self, Limits, msgpack};
+
+pub(super) use outcome::{Done, RawFailure};
 
 /// Bytes of the head.
 pub(super) const HEAD: usize = 8;
@@ -40,13 +43,14 @@ pub(super) enum ToChild<'a> {
         key: &'a Key,
         spec: &'a Payload,
         inputs: &'a [(Key, Object)],
+        live: &'a [Live],
         annotations: &'a Value,
         /// The runner may keep the results before it until this one is there.
         brief: bool,
         actor: bool,
     },
-    /// To a runner: end when all before this is done.
-    Exit,
+    /// To a runner: end when all before this is done, and what it has kept is published if that matters.
+    Exit { publish: bool },
     /// To a runner or the service: plugins to set up, by name and pickle.
     Plugins { target: Target, plugins: &'a [(Value, Bytes)] },
     /// To a runner: a plugin to tear down.
@@ -57,8 +61,14 @@ pub(super) enum ToChild<'a> {
     Stacks { request: u64 },
     /// To a runner's control thread: stop task `seq` if it runs.
     Interrupt { seq: u64 },
-    /// To a runner's control thread: hand over the results that are kept.
+    /// To a runner's control thread: hand over the reports that are held.
     HandOver,
+    /// To a runner: the bytes of results it may keep to itself.
+    Keep { bytes: u64 },
+    /// To a runner's control thread: publish the result of task `token`.
+    Publish { token: u64 },
+    /// To a runner's control thread: the result of task `token` is not needed any more.
+    Forget { token: u64 },
     /// To the service, or to the control thread of an actor's runner: answer a comm message.
     Request { request: u64, target: Target, frames: &'a [Bytes] },
     /// To the service: size and type of objects.
@@ -104,6 +114,10 @@ pub(super) enum FromChild {
     Exited { child: u64, code: i32, peak: u64 },
     /// A task's result.
     Finished { seq: u64, object: RawObject, done: Done },
+    /// A task's result, which stays in the runner.
+    Kept { seq: u64, done: Done },
+    /// A result that was kept; none where there is no memory for it.
+    Published { token: u64, object: Option<RawObject> },
     /// A task's exception.
     Failed { seq: u64, failure: Box<RawFailure> },
     /// A task raised `Reschedule`.
@@ -158,31 +172,6 @@ pub(super) enum RawFrame {
         offset: u64,
         len: usize,
     },
-}
-
-/// Facts about a finished task.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Done {
-    pub(super) nbytes: u64,
-    pub(super) type_pickled: Bytes,
-    pub(super) typename: String,
-    pub(super) start: f64,
-    pub(super) stop: f64,
-    pub(super) thread: i64,
-    pub(super) cpu: f64,
-}
-
-/// A failure as it came.
-#[derive(Debug, PartialEq)]
-pub(super) struct RawFailure {
-    pub(super) exception: RawObject,
-    pub(super) traceback: Option<RawObject>,
-    pub(super) task_text: String,
-    pub(super) exception_text: String,
-    pub(super) traceback_text: String,
-    pub(super) start: Option<f64>,
-    pub(super) stop: Option<f64>,
-    pub(super) thread: i64,
 }
 
 /// What an object is, once Python has opened it.
@@ -274,21 +263,25 @@ impl Writer {
                 self.head(2, 10);
                 self.value(info)?;
             }
-            ToChild::Run { seq, key, spec, inputs, annotations, brief, actor } => {
+            ToChild::Run { seq, key, spec, inputs, live, annotations, brief, actor } => {
                 self.head(8, if *actor { 19 } else { 11 });
                 self.uint(*seq);
                 self.key(key)?;
                 self.spec(spec)?;
-                self.array(inputs.len());
+                self.array(inputs.len() + live.len());
                 for (key, object) in *inputs {
                     self.array(4);
                     self.key(key)?;
                     self.object(object)?;
                 }
+                live.iter().try_for_each(|live| self.live(live))?;
                 self.value(annotations)?;
                 let Ok(()) = encode::write_bool(&mut self.out, *brief);
             }
-            ToChild::Exit => self.head(1, 12),
+            ToChild::Exit { publish } => {
+                self.head(2, 12);
+                self.uint(u64::from(*publish));
+            }
             ToChild::Stacks { request } => {
                 self.head(2, 13);
                 self.uint(*request);
@@ -298,6 +291,18 @@ impl Writer {
                 self.uint(*seq);
             }
             ToChild::HandOver => self.head(1, 18),
+            ToChild::Keep { bytes } => {
+                self.head(2, 60);
+                self.uint(*bytes);
+            }
+            ToChild::Publish { token } => {
+                self.head(2, 61);
+                self.uint(*token);
+            }
+            ToChild::Forget { token } => {
+                self.head(2, 62);
+                self.uint(*token);
+            }
             ToChild::Request { request, target, frames } => {
                 self.head(4, 30);
                 self.uint(*request);
@@ -366,6 +371,17 @@ impl Writer {
             }
             other => self.value(&Value::from(other)),
         }
+    }
+
+    /// An input that was kept: published by now, or in the runner that this goes to.
+    fn live(&mut self, live: &Live) -> Result<(), Error> {
+        self.array(if live.object().is_some() { 4 } else { 2 });
+        self.key(live.key())?;
+        match live.object() {
+            Some(object) => self.object(object)?,
+            None => self.uint(live.place().token),
+        }
+        Ok(())
     }
 
     /// A task: its pickle and out-of-band buffers.
@@ -466,8 +482,13 @@ impl Items {
             5 => FromChild::ForkFailed { child: self.uint()?, text: self.text()? },
             13 => FromChild::Stacks { request: self.uint()?, stacks: self.list()?.all(Items::stack)? },
             20 => {
-                FromChild::Finished { seq: self.uint()?, object: self.list()?.object()?, done: self.done()? }
+                let seq = self.uint()?;
+                match self.maybe_object()? {
+                    Some(object) => FromChild::Finished { seq, object, done: self.done()? },
+                    None => FromChild::Kept { seq, done: self.done()? },
+                }
             }
+            63 => FromChild::Published { token: self.uint()?, object: self.maybe_object()? },
             21 => FromChild::Failed { seq: self.uint()?, failure: Box::new(self.failure()?) },
             22 => FromChild::Reschedule { seq: self.uint()? },
             23 => FromChild::Skipped { seq: self.uint()? },
@@ -493,40 +514,19 @@ impl Items {
         })
     }
 
-    fn done(&mut self) -> Option<Done> {
-        Some(Done {
-            nbytes: self.uint()?,
-            type_pickled: self.bytes()?,
-            typename: self.text()?,
-            start: self.float()?,
-            stop: self.float()?,
-            thread: self.int()?,
-            cpu: self.float()?,
-        })
-    }
-
-    fn failure(&mut self) -> Option<RawFailure> {
-        Some(RawFailure {
-            exception: self.list()?.object()?,
-            traceback: match self.0.next()? {
-                Value::Nil => None,
-                Value::List(items) => Some(Items(items.into_iter()).object()?),
-                _ => return None,
-            },
-            task_text: self.text()?,
-            exception_text: self.text()?,
-            traceback_text: self.text()?,
-            start: self.maybe_float()?,
-            stop: self.maybe_float()?,
-            thread: self.int()?,
-        })
-    }
-
     fn object(&mut self) -> Option<RawObject> {
         if self.int()? != 0 {
             return None;
         }
         Some(RawObject { header: self.bytes()?, frames: self.list()?.each(raw_frame)? })
+    }
+
+    fn maybe_object(&mut self) -> Option<Option<RawObject>> {
+        match self.0.next()? {
+            Value::Nil => Some(None),
+            Value::List(items) => Items(items.into_iter()).object().map(Some),
+            _ => None,
+        }
     }
 
     fn description(&mut self) -> Option<Description> {

@@ -8,6 +8,7 @@ mod burial;
 mod dispatch;
 mod ipc;
 mod link;
+mod live;
 mod mailbox;
 mod object;
 mod output;
@@ -28,7 +29,7 @@ use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::proto::{Key, Payload, RunId, Value};
-use crate::store::Object;
+use crate::store::{Live, Object};
 use crate::sys;
 
 pub use ipc::{Description, Target};
@@ -94,6 +95,8 @@ pub struct Job {
     pub run_spec: Arc<Payload>,
     /// Its dependencies' results.
     pub inputs: Vec<(Key, Object)>,
+    /// Those that are in runners.
+    pub live: Vec<Live>,
     /// The task's annotations.
     pub annotations: Arc<Value>,
     /// It probably takes less time than waking a process does. Such jobs wait for [`Pool::flush`] and then go to few
@@ -140,6 +143,18 @@ pub struct ServiceReply {
 pub enum Event {
     /// A job's result.
     Finished(Box<Finished>),
+    /// A job's result, which is in its runner for now.
+    Kept(Box<Kept>),
+    /// A result that was kept is published: [`Live::object`] has it.
+    Published {
+        /// It.
+        live: Live,
+    },
+    /// Results that were kept are lost: their runner is gone, or could not publish them.
+    Lost {
+        /// They.
+        results: Vec<Live>,
+    },
     /// A job raised, or could not be run.
     Failed(Box<Failed>),
     /// A job raised `distributed.Reschedule`.
@@ -232,6 +247,27 @@ pub struct Finished {
     /// When it ended.
     pub stop: f64,
     /// Identifies the runner, as a thread does in Dask's worker.
+    pub thread: i64,
+    /// CPU seconds of the call.
+    pub cpu: f64,
+}
+
+/// A job's result that its runner keeps until somebody else needs it.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// Attempt.
+    pub run_id: RunId,
+    /// The result.
+    pub live: Live,
+    /// As in [`Finished`].
+    pub type_pickled: Bytes,
+    /// Its type's name.
+    pub typename: Arc<str>,
+    /// When it started.
+    pub start: f64,
+    /// When it ended.
+    pub stop: f64,
+    /// Identifies the runner.
     pub thread: i64,
     /// CPU seconds of the call.
     pub cpu: f64,

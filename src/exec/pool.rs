@@ -62,6 +62,12 @@ pub(super) struct State {
     pub(super) unsent: Vec<u64>,
     /// Somebody looks for stuck jobs now and then.
     pub(super) watched: bool,
+    /// Jobs that wait for inputs to be published.
+    pub(super) parked: Vec<Attempt>,
+    /// Jobs that crashed and were given back for want of inputs, and how often.
+    pub(super) crashed: FxHashMap<Key, u32>,
+    /// Bytes of results that each runner may keep to itself.
+    pub(super) keep: u64,
     /// Where a job is: runner and sequence number there.
     pub(super) places: FxHashMap<Key, (u64, u64)>,
     pub(super) zygote: Zygote,
@@ -209,6 +215,20 @@ impl Pool {
         self.0.state().replace(pid)
     }
 
+    /// Sets how many bytes of results each runner may keep to itself; none at first. What is kept already stays there.
+    pub fn let_keep(&self, bytes: u64) {
+        let mut state = self.0.state();
+        if state.keep != bytes {
+            state.keep = bytes;
+            state.runners.values().for_each(|runner| runner.let_keep(bytes));
+        }
+    }
+
+    /// Has results published that lie in runners alone: in those that had nothing to do for `rest`, or in all.
+    pub fn publish(&self, rest: Option<Duration>) {
+        self.0.publish(rest);
+    }
+
     /// Jobs that can be prefetched now.
     pub fn prefetch_room(&self) -> usize {
         self.0.state().prefetch_room(self.0.config.prefetch)
@@ -337,6 +357,7 @@ impl Pool {
             let mut state = self.0.state();
             state.stopping = true;
             state.pending.clear();
+            state.parked.clear();
             state.places.clear();
             state.retire_idle();
             if state.has_plugins_to_run() {

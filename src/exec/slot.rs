@@ -13,7 +13,9 @@ use tokio::sync::Notify;
 
 use super::ipc::{self, FromChild, Outgoing, Target, ToChild};
 use super::link::{Inbox, Incoming, Link};
+use super::live::Home;
 use super::mailbox::Mailbox;
+use super::object::Segments;
 use super::output::{Pipe, Read, Stream, Tail};
 use super::pool::Shared;
 use super::verdict::Cause;
@@ -72,6 +74,7 @@ pub(super) struct Runner {
     pub(super) data: Link,
     pub(super) control: Link,
     pub(super) mailbox: Arc<Mailbox>,
+    pub(super) home: Arc<Home>,
     pub(super) queue: VecDeque<Queued>,
     /// Its task left the pool: it takes no other, and another runner has its slot.
     pub(super) seceded: bool,
@@ -100,7 +103,7 @@ pub(super) struct ChildEnds {
 
 impl Runner {
     /// A runner without a process yet; messages wait for it in its socket.
-    pub(super) fn prepare() -> Result<(Self, ChildEnds), Error> {
+    pub(super) fn prepare(id: u64) -> Result<(Self, ChildEnds), Error> {
         let sys = |what| move |source| Error::Sys { what, source };
         let (data, data_child) = sys::socket_pair().map_err(sys("connect a runner"))?;
         let (control, control_child) = sys::socket_pair().map_err(sys("connect a runner"))?;
@@ -109,6 +112,7 @@ impl Runner {
         let (data, control) = (Link::new(data), Link::new(control));
         let (data, control) =
             (data.map_err(sys("connect a runner"))?, control.map_err(sys("connect a runner"))?);
+        let home = Arc::new(Home::new(id, control.clone()));
         let io = |source| Error::System { what: "share a runner's mailbox", source };
         let mailbox_child = mailbox.as_fd().try_clone_to_owned().map_err(io)?;
         let ends = ChildEnds {
@@ -122,6 +126,7 @@ impl Runner {
             data,
             control,
             mailbox: Arc::new(mailbox),
+            home,
             queue: VecDeque::new(),
             seceded: false,
             actor: None,
@@ -149,6 +154,7 @@ impl Runner {
             key: &job.key,
             spec: &job.run_spec,
             inputs: &job.inputs,
+            live: &job.live,
             annotations: &job.annotations,
             brief: job.brief,
             actor: job.actor,
@@ -157,6 +163,7 @@ impl Runner {
             Ok(message) => self.data.queue(message),
             Err(error) => return Err((attempt, error)),
         }
+        self.home.use_again();
         self.next_seq += 1;
         // no task waits behind one that may keep the runner
         self.seceded |= job.actor;
@@ -192,6 +199,13 @@ impl Runner {
     /// Whether it can take a job.
     pub(super) fn is_usable(&self) -> bool {
         !self.seceded && self.actor.is_none() && self.doom.is_none() && self.exit.is_none()
+    }
+
+    /// Tells it how many bytes of results it may keep to itself.
+    pub(super) fn let_keep(&self, bytes: u64) {
+        if let Ok(message) = Outgoing::new(&ToChild::Keep { bytes }, Vec::new()) {
+            self.data.send(message);
+        }
     }
 
     pub(super) fn configure(&self, info: &Value) {
@@ -339,7 +353,7 @@ fn handle(shared: &Arc<Shared>, id: u64, message: Incoming) -> bool {
 }
 
 /// Reads what runner `id`'s control thread says.
-pub(super) async fn serve_control(shared: Arc<Shared>, id: u64, mut inbox: Inbox) {
+pub(super) async fn serve_control(shared: Arc<Shared>, id: u64, mut inbox: Inbox, home: Arc<Home>) {
     loop {
         let message = match inbox.receive().await {
             Ok(Some(message)) => message,
@@ -349,6 +363,13 @@ pub(super) async fn serve_control(shared: Arc<Shared>, id: u64, mut inbox: Inbox
         match ipc::parse(&message.bytes) {
             Ok(FromChild::Stacks { request, stacks }) => shared.stacks_came(request, stacks),
             Ok(FromChild::Call { request, body }) => shared.call(id, request, body, message.fds),
+            Ok(FromChild::Published { token, object }) => {
+                let segments = Segments::map(message.fds);
+                let taken = segments.and_then(|segments| shared.published(&home, token, object, &segments));
+                if let Err(error) = taken {
+                    return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) });
+                }
+            }
             Ok(FromChild::Reply { request, frames, .. }) => {
                 if let Err(error) = shared.actor_answered(request, frames, message.fds) {
                     return shared.condemn(id, Cause::Nonsense { text: telemetry::chain(&error) });

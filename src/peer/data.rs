@@ -2,7 +2,7 @@
 //!
 //! Source: `distributed/worker.py: Worker.get_data`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use tracing::{debug, warn};
 
@@ -12,7 +12,7 @@ use super::transfers::now;
 use super::{Backend, Failure, Peer};
 use crate::net::Connection;
 use crate::proto::{Key, Payload, Status, Value};
-use crate::store::{self, Lookup};
+use crate::store::{self, Live, Lookup};
 use crate::telemetry;
 use crate::wire::payload::Exception;
 
@@ -80,14 +80,23 @@ impl<B: Backend> Peer<B> {
     async fn collect(&self, keys: Vec<Key>) -> Result<Collected, Failure> {
         let mut seen = HashSet::new();
         let (mut data, mut sizes, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+        // all are asked for before one is waited for
+        let live: Vec<Live> = keys.iter().filter_map(|key| self.store.live(key)).collect();
+        live.iter().for_each(Live::ask);
+        let mut published = HashMap::new();
+        for live in live {
+            if let Some(object) = live.published().await {
+                published.insert(live.key().clone(), object);
+            }
+        }
         for key in keys {
             if !seen.insert(key.clone()) {
                 continue;
             }
-            let read = match self.store.find(&key) {
-                Lookup::Here(object) => Some(object),
-                Lookup::OnDisk => self.store.load(&key).await.map_err(unreadable)?,
-                Lookup::Nowhere => None,
+            let read = match (published.remove(&key), self.store.find(&key)) {
+                (Some(object), _) | (None, Lookup::Here(object)) => Some(object),
+                (None, Lookup::OnDisk) => self.store.load(&key).await.map_err(unreadable)?,
+                (None, Lookup::Nowhere) => None,
             };
             match read {
                 Some(object) => {

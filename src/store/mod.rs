@@ -5,6 +5,7 @@
 
 mod arena;
 mod contents;
+mod live;
 mod object;
 mod spill;
 
@@ -18,9 +19,11 @@ use tokio::task::spawn_blocking;
 use crate::proto::Key;
 use crate::{sys, telemetry};
 use contents::{Contents, Found, Leaving, Step, Thresholds};
+use live::Lives;
 use spill::{Files, Garbage};
 
 pub use arena::Arena;
+pub use live::{Home, Live, Place, WeakLive};
 pub use object::{Frame, Object, Segment};
 pub use spill::Codec;
 
@@ -130,6 +133,8 @@ pub struct Usage {
     pub nbytes: u64,
     /// In shared memory.
     pub shared: u64,
+    /// Of results in the processes that made them, by Dask's `sizeof`; not in the other figures.
+    pub live: u64,
     /// In shared memory and nobody's any more: held by what lies beside it.
     pub waste: u64,
     /// In shared memory and held no longer, but used: by a task, or on the way to a peer.
@@ -201,6 +206,7 @@ pub struct Store(Arc<Shared>);
 struct Shared {
     contents: Mutex<Contents>,
     arena: Arena,
+    lives: Lives,
     files: Option<Arc<Files>>,
     garbage: Arc<Garbage>,
     /// Keys were lost, or there is more room.
@@ -213,6 +219,7 @@ impl Default for Shared {
         Shared {
             contents: Mutex::default(),
             arena: Arena::new(),
+            lives: Lives::default(),
             files: None,
             garbage: Arc::default(),
             changed: Notify::new(),
@@ -247,8 +254,39 @@ impl Store {
         &self.0.arena
     }
 
+    /// Holds a result under its key that is in the process that made it, in place of what was there.
+    pub fn keep(&self, live: Live) {
+        self.remove(live.key());
+        self.0.lives.insert(live);
+    }
+
+    /// The result under `key`, if it is in the process that made it.
+    pub fn live(&self, key: &Key) -> Option<Live> {
+        self.0.lives.get(key)
+    }
+
+    /// Whether any result is in the process that made it.
+    pub fn has_live(&self) -> bool {
+        !self.0.lives.is_empty()
+    }
+
+    /// A live result has been published: holds what was, if it is still wanted.
+    pub fn published(&self, live: &Live) {
+        if let Some(object) = live.object()
+            && self.0.lives.remove_same(live)
+        {
+            self.insert(live.key().clone(), object.clone());
+        }
+    }
+
+    /// A live result is lost; true if it was still held.
+    pub fn lost(&self, live: &Live) -> bool {
+        self.0.lives.remove_same(live)
+    }
+
     /// Holds `object` under `key`, in place of what was there.
     pub fn insert(&self, key: Key, object: Object) {
+        self.0.lives.remove(&key);
         let mut contents = self.lock();
         let old = contents.insert(key, object);
         let wants_room = contents.wants_room();
@@ -309,28 +347,33 @@ impl Store {
 
     /// Lets go of `key`, if it is held. Its memory is free when the last reader is done.
     pub fn remove(&self, key: &Key) -> bool {
+        let was_live = self.0.lives.remove(key);
         let removed = self.lock().remove(key);
-        removed.is_some()
+        was_live || removed.is_some()
     }
 
     /// Whether `key` is held.
     pub fn contains(&self, key: &Key) -> bool {
-        self.lock().contains(key)
+        self.lock().contains(key) || self.0.lives.get(key).is_some()
     }
 
     /// All keys held, in no order.
     pub fn keys(&self) -> Vec<Key> {
-        self.lock().keys().cloned().collect()
+        let mut keys: Vec<Key> = self.lock().keys().cloned().collect();
+        keys.extend(self.0.lives.keys());
+        keys
     }
 
     /// What is held now.
     pub fn usage(&self) -> Usage {
+        let (live, waste) = (self.0.lives.bytes(), self.0.arena.waste());
         let mut contents = self.lock();
-        Usage { waste: self.0.arena.waste(), lingering: contents.lingering(), ..contents.usage() }
+        Usage { live, waste, lingering: contents.lingering(), ..contents.usage() }
     }
 
     /// Lets go of everything.
     pub fn clear(&self) {
+        self.0.lives.clear();
         let mut contents = self.lock();
         let empty = Contents::new(contents.thresholds());
         let old = std::mem::replace(&mut *contents, empty);

@@ -19,6 +19,9 @@ use super::Error;
 /// The seals that make a memfd's contents and size final.
 const FINAL: SealFlag = SealFlag::F_SEAL_WRITE.union(SealFlag::F_SEAL_SHRINK).union(SealFlag::F_SEAL_GROW);
 
+/// How often sealing is tried again; each attempt waits for up to 0.15 s.
+const SEAL_ATTEMPTS: u32 = 30;
+
 /// `MFD_NOEXEC_SEAL`: not executable and never to be. Kernels before 6.3 refuse it.
 const NOEXEC_SEAL: MFdFlags = MFdFlags::from_bits_retain(0x8);
 
@@ -122,7 +125,15 @@ impl MemfdMut {
     pub fn seal(self) -> Result<Memfd, Error> {
         let MemfdMut { fd, map, len } = self;
         drop(map);
-        fcntl(&fd, FcntlArg::F_ADD_SEALS(FINAL)).map_err(Error::call("fcntl(F_ADD_SEALS)"))?;
+        // the kernel waits while it holds on to one of the pages, as when it moves them, but not long
+        let mut sealed = fcntl(&fd, FcntlArg::F_ADD_SEALS(FINAL));
+        for _ in 0..SEAL_ATTEMPTS {
+            if sealed != Err(Errno::EBUSY) {
+                break;
+            }
+            sealed = fcntl(&fd, FcntlArg::F_ADD_SEALS(FINAL));
+        }
+        sealed.map_err(Error::call("fcntl(F_ADD_SEALS)"))?;
         Ok(Memfd { fd: Arc::new(fd), len })
     }
 }

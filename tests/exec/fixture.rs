@@ -143,6 +143,7 @@ pub fn job_with(key: &str, code: &str, inputs: Vec<(Key, Object)>) -> Job {
         run_id: RunId(7),
         run_spec: forge::task(code),
         inputs,
+        live: Vec::new(),
         annotations: Arc::new(Value::Map(Vec::new())),
         brief: false,
         actor: false,

@@ -7,6 +7,7 @@ mod cost;
 mod deaths;
 mod fixture;
 mod forge;
+mod live;
 mod processes;
 mod recall;
 mod service;

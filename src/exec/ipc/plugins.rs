@@ -56,7 +56,10 @@ impl Writer {
             ToChild::Fork { .. }
             | ToChild::Configure(_)
             | ToChild::Run { .. }
-            | ToChild::Exit
+            | ToChild::Exit { .. }
+            | ToChild::Keep { .. }
+            | ToChild::Publish { .. }
+            | ToChild::Forget { .. }
             | ToChild::Stacks { .. }
             | ToChild::Interrupt { .. }
             | ToChild::HandOver

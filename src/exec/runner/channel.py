@@ -7,6 +7,7 @@ Its descriptors travel by SCM_RIGHTS with its first bytes. The other end is `ipc
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import mmap
 import os
@@ -49,6 +50,10 @@ UNPLUG: Final = 16
 LEAVE: Final = 17
 HAND_OVER: Final = 18
 RUN_ACTOR: Final = 19
+KEEP: Final = 60
+PUBLISH: Final = 61
+FORGET: Final = 62
+PUBLISHED: Final = 63
 FINISHED: Final = 20
 FAILED: Final = 21
 RESCHEDULE: Final = 22
@@ -94,6 +99,7 @@ _CHUNK_MAX = 1024 * 1024
 _DESCRIPTORS = 253
 _ANCILLARY = socket.CMSG_SPACE(_DESCRIPTORS * array.array("i").itemsize)
 _FINAL_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SEAL_ATTEMPTS = 30
 _NOEXEC_SEAL = 0x8
 _WRITE_MAX = 1 << 30
 
@@ -365,7 +371,7 @@ def share(header: bytes, frames: list[Frame], room: Room | None = None) -> tuple
             _write(fd, frame, end)
             end += size + -size % ALIGNMENT
         os.ftruncate(fd, end)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL_SEALS)
+        _seal(fd)
     except BaseException:
         os.close(fd)
         raise
@@ -378,6 +384,22 @@ def _memfd() -> int:
         return os.memfd_create("iqoqo-object", flags | _NOEXEC_SEAL)
     except OSError:
         return os.memfd_create("iqoqo-object", flags)
+
+
+def _seal(fd: int) -> None:
+    """Makes contents and size final.
+
+    That fails while the kernel holds on to one of the pages, as when it moves them; it does not wait for that
+    for long.
+    """
+    for _ in range(_SEAL_ATTEMPTS):
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL_SEALS)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FINAL_SEALS)
 
 
 def _write(fd: int, frame: Frame, offset: int) -> None:

@@ -46,6 +46,9 @@ TYPES_MAX: Final = 1000
 HELD_MAX: Final = 3
 """Reports that are kept for the next one."""
 
+KEPT_MIN: Final = 1024 * 1024
+"""Results from this size on, by sizeof, stay here until somebody else needs them."""
+
 logger = logging.getLogger("distributed.worker")
 
 _EXECUTORS = ("actor", "default", "offload")
@@ -79,6 +82,10 @@ class Runner:
         self.interrupted = 0
         self.held = 0
         self.types: dict[type, tuple[bytes, str]] = {}
+        # results of tasks by their sequence numbers, with their sizes
+        self.kept: dict[int, tuple[Any, int]] = {}
+        self.kept_bytes = 0
+        self.kept_bytes_max = 0
         self.main_thread = threading.get_ident()
         # unlike get_ident(), which forks of one process share, it tells runners apart
         self.thread = threading.get_native_id()
@@ -107,7 +114,12 @@ class Runner:
                     plugins.set_up(self.worker, message[2])
                 elif tag == channel.UNPLUG:
                     plugins.tear_down(self.worker, message[1])
+                elif tag == channel.KEEP:
+                    self.kept_bytes_max = message[1]
                 elif tag == channel.EXIT:
+                    for number in list(self.kept) if message[1] else ():
+                        self._publish(number, self.data)
+                        self._forget(number)
                     plugins.tear_down_all(self.worker)
                     return
                 else:
@@ -140,6 +152,7 @@ class Runner:
         except Interrupted:
             # it hit the few instructions around the task
             self.in_task = False
+            self._forget(seq)
             report = channel.SKIPPED, []
         self.key = None
         flush()
@@ -194,7 +207,10 @@ class Runner:
                 with Descriptors(fds) as descriptors:
                     out_of_band = [b if type(b) is bytes else descriptors.view(*b) for b in buffers]
                     task = pickle.loads(spec, buffers=out_of_band)
-                    data = {k: channel.load(*rest, descriptors) for k, *rest in inputs}
+                    data = {
+                        k: channel.load(*rest, descriptors) if rest[1:] else self.kept[rest[0]][0]
+                        for k, *rest in inputs
+                    }
             else:
                 task = pickle.loads(spec)
                 data = {}
@@ -267,7 +283,14 @@ class Runner:
         described = self.types.get(kind) or self._describe_type(kind)
         try:
             nbytes = getsizeof(result) if kind in _PLAIN_SIZE else max(0, int(safe_sizeof(result)))
-            dumped = channel.dump(result) if not self.makes_actor else self.actors.keep(self.key, result)
+            if self.makes_actor:
+                dumped = self.actors.keep(self.key, result)
+            elif nbytes >= KEPT_MIN and self.kept_bytes + nbytes <= self.kept_bytes_max:
+                dumped = None
+                self.kept[self.seq] = result, nbytes
+                self.kept_bytes += nbytes
+            else:
+                dumped = channel.dump(result)
         except BaseException as error:
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
                 raise
@@ -298,6 +321,26 @@ class Runner:
         texts = task, message["exception_text"], message["traceback_text"]
         return channel.FAILED, objects, *map(clean, texts), start, stop, self.thread
 
+    # results that are kept; the control thread calls these, too
+
+    def _publish(self, number: int, link: Channel) -> None:
+        """Gives the daemon a result, as it is now."""
+        kept = self.kept.get(number)
+        if kept is None:
+            return
+        fds: list[int] = []
+        try:
+            shared = self._share(channel.dump(kept[0]), fds, None)
+        except Exception:
+            logger.exception("A result could not be published")
+            shared = None
+        with Descriptors(fds):
+            link.send((channel.PUBLISHED, number, shared), fds)
+
+    def _forget(self, number: int) -> None:
+        _, nbytes = self.kept.pop(number, (None, 0))
+        self.kept_bytes -= nbytes
+
     # the control thread
 
     def _control(self) -> None:
@@ -314,6 +357,10 @@ class Runner:
                 elif message[0] == channel.HAND_OVER:
                     # a task that seemed brief is not
                     self.data.hand_over()
+                elif message[0] == channel.PUBLISH:
+                    self._publish(message[1], self.control)
+                elif message[0] == channel.FORGET:
+                    self._forget(message[1])
                 elif message[0] == channel.INTERRUPT:
                     self.interrupted = message[1]
                     signal.pthread_kill(self.main_thread, INTERRUPT_SIGNAL)
