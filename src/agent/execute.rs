@@ -145,8 +145,10 @@ impl Driver {
             if self.ahead.get(&key).is_some() {
                 continue;
             }
-            // what cannot be run says so when its turn comes, and what needs inputs from disk gets them then
-            let Ok(job) = self.job(&key, &FxHashMap::default()) else { continue };
+            // what cannot be run says so when its turn comes, and what needs inputs from disk gets them then; an actor
+            // takes a runner for itself
+            let job = self.job(&key, &FxHashMap::default()).ok().filter(|job| !job.actor);
+            let Some(job) = job else { continue };
             let run_id = job.run_id;
             if self.pool.prefetch(job).is_err() {
                 if self.pool.prefetch_room() == 0 {

@@ -130,6 +130,23 @@ def test_actors_do_not_take_slots(client, cluster):
     assert [c.n for c in counters] == list(range(1, 7))
 
 
+def test_actors_behind_tasks(client, cluster, gate):
+    """Actors and tasks wait for busy slots together, and nothing waits for an actor to end."""
+    go = gate("go")
+    on_a = {"workers": [cluster.a], "pure": False}
+    blocking = client.map(lambda _: go.wait(), range(cluster.NTHREADS), **on_a)
+    mixed = []
+    for i in range(4):
+        mixed.append(client.submit(Counter, i, actor=True, **on_a))
+        mixed.append(client.submit(operator.neg, i, **on_a))
+    go.set()
+    assert all(client.gather(blocking))
+    results = client.gather(mixed)
+    assert results[1::2] == [0, -1, -2, -3]
+    assert [counter.increment().result() for counter in results[::2]] == [1, 2, 3, 4]
+    assert client.gather(client.map(operator.neg, range(5), **on_a)) == [0, -1, -2, -3, -4]
+
+
 def test_actors_in_tasks(client, cluster):
     counter = client.submit(Counter, actor=True, workers=[cluster.a])
 
