@@ -105,9 +105,9 @@ def test_wait_all_first_completed_and_timeout(client, gate):
     done = client.submit(inc, 1)
     first = wait([blocked, done], return_when="FIRST_COMPLETED")
     assert first.done == {done} and first.not_done == {blocked}
-    with pytest.raises(TimeoutError):
+    with pytest.raises(asyncio.TimeoutError):  # Python 3.10 does not call it the same
         wait(blocked, timeout=0.05)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(asyncio.TimeoutError):  # Python 3.10 does not call it the same
         blocked.result(timeout=0.05)
     go.set()
     assert wait([blocked, done]).not_done == set()
