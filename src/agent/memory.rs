@@ -27,8 +27,12 @@ const STORAGE: &str = "storage";
 /// Part of the memory limit by which results may be above the target before no more are made until some are spilled.
 const SLACK: f64 = 0.1;
 /// Bytes by which a runner may have grown, at least, and part of the memory limit, before it is replaced.
-const GROWTH_MIN: u64 = 32 << 20;
-const GROWTH: f64 = 0.05;
+const GROWTH_MIN: u64 = 64 << 20;
+const GROWTH: f64 = 0.1;
+/// By how much more than a replaced one the next runner may grow, and for how long: what every runner needs for its work
+/// (imported packages) is not to be taken from it again and again.
+const GROWTH_FACTOR: u64 = 2;
+const GROWTH_FORGOTTEN: Duration = Duration::from_secs(600);
 /// Part of the memory limit that results may take in the runners that made them.
 const KEPT: f64 = 0.3;
 /// Time between two lines about memory that is not ours to spill.
@@ -119,13 +123,24 @@ pub(super) struct Pressure {
     excessive: Option<Instant>,
     complained: Option<Instant>,
     killed: Option<Instant>,
+    /// Bytes by which a runner that was replaced had grown, and when that was.
+    replaced: Option<(u64, Instant)>,
 }
 
 impl Pressure {
     /// Thresholds for a limit in bytes; without one there is no pressure.
     pub(super) fn new(config: MemoryConfig, limit: Option<u64>) -> Self {
         let limit = limit.filter(|limit| *limit > 0);
-        Pressure { limit, config, seen: None, idle_looks: 0, excessive: None, complained: None, killed: None }
+        Pressure {
+            limit,
+            config,
+            seen: None,
+            idle_looks: 0,
+            excessive: None,
+            complained: None,
+            killed: None,
+            replaced: None,
+        }
     }
 
     /// Whether the memory in use can lead to anything.
@@ -175,7 +190,13 @@ impl Pressure {
 
     /// Bytes by which a runner may have grown.
     fn growth(&self) -> u64 {
-        self.limit.map_or(u64::MAX, |limit| GROWTH_MIN.max((limit as f64 * GROWTH) as u64))
+        let least = self.limit.map_or(u64::MAX, |limit| GROWTH_MIN.max((limit as f64 * GROWTH) as u64));
+        match self.replaced {
+            Some((grown, at)) if at.elapsed() < GROWTH_FORGOTTEN => {
+                least.max(grown.saturating_mul(GROWTH_FACTOR))
+            }
+            _ => least,
+        }
     }
 
     /// Whether results in shared memory have grown so much since the last look that another one is due.
@@ -348,7 +369,7 @@ impl Driver {
     }
 
     /// Replaces idle runners that hold much more memory than they began with.
-    fn replace_grown(&self, processes: &[Process]) {
+    fn replace_grown(&mut self, processes: &[Process]) {
         let monitor = self.shared.monitor();
         let of = |kind| move |process: &&Process| process.kind == kind;
         // what a runner had when it was forked
@@ -357,13 +378,15 @@ impl Driver {
         for process in processes.iter().filter(of(ProcessKind::Runner)).filter(|runner| runner.key.is_none())
         {
             let grown = monitor.private(process.pid).saturating_sub(start);
-            if grown > self.pressure.growth() && self.pool.replace(process.pid) {
-                tracing::info!(
-                    "memory is tight: runner {}, which has grown by {}, is replaced",
-                    process.pid,
-                    format_bytes(grown),
-                );
+            if grown <= self.pressure.growth() || !self.pool.replace(process.pid) {
+                continue;
             }
+            self.pressure.replaced = Some((grown, Instant::now()));
+            let grown = format_bytes(grown);
+            tracing::info!(
+                "memory is tight: runner {}, which has grown by {grown}, is replaced",
+                process.pid
+            );
         }
     }
 }
@@ -440,6 +463,17 @@ mod tests {
         pressure.excessive = Instant::now().checked_sub(CONFIG.interval);
         assert!(pressure.stays_excessive(CONFIG.interval));
         assert!(pressure.stays_excessive(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn what_every_runner_needs_is_left_to_it() {
+        let mut pressure = Pressure::new(CONFIG, Some(1 << 30));
+        assert_eq!(pressure.growth(), (0.1 * f64::from(1 << 30)) as u64);
+        pressure.replaced = Some((200 << 20, Instant::now()));
+        assert_eq!(pressure.growth(), 400 << 20);
+        pressure.replaced = Instant::now().checked_sub(GROWTH_FORGOTTEN).map(|then| (200 << 20, then));
+        assert!(pressure.growth() < 200 << 20);
+        assert_eq!(Pressure::new(CONFIG, Some(1000)).growth(), GROWTH_MIN);
     }
 
     #[test]
