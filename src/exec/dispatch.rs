@@ -329,9 +329,12 @@ impl State {
         }
     }
 
-    /// Lets the idle runner `pid` end.
+    /// Lets the idle runner `pid` end, unless results are in it alone.
     pub(super) fn replace(&mut self, pid: u32) -> bool {
-        let is = |id: &u64| self.runners.get(id).is_some_and(|runner| runner.pid == Some(pid));
+        let is = |id: &u64| {
+            let runner = self.runners.get(id).filter(|runner| runner.pid == Some(pid));
+            runner.is_some_and(|runner| runner.home.only_here().is_empty())
+        };
         let Some(at) = self.idle.iter().position(is) else { return false };
         let id = self.idle.remove(at);
         self.retire(id);

@@ -62,7 +62,7 @@ impl Home {
     }
 
     /// All that are in this runner and nowhere else.
-    fn only_here(&self) -> Vec<Live> {
+    pub(super) fn only_here(&self) -> Vec<Live> {
         // those that are not returned may be the last of their kind, and to drop one takes the lock
         let mut results: Vec<Live> = self.held().results.values().filter_map(WeakLive::upgrade).collect();
         results.retain(Live::is_only_there);

@@ -210,7 +210,8 @@ impl Pool {
         self.0.state().kill_running(key, Cause::OutOfMemory { limit, peak })
     }
 
-    /// Lets an idle runner end, to be replaced by a fresh one when there is work. False when it is not idle.
+    /// Lets an idle runner end, to be replaced by a fresh one when there is work. False when it is not idle, or results
+    /// are in it that are nowhere else.
     pub fn replace(&self, pid: u32) -> bool {
         self.0.state().replace(pid)
     }
