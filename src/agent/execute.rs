@@ -17,6 +17,8 @@ use crate::telemetry::CauseLabel;
 
 /// Longest pickle of a task that may be called brief: opening it takes time too.
 const BRIEF_BYTES: usize = 16 * 1024;
+/// Tasks for each runner that are passed over in search of one whose inputs are in that runner.
+const PASSED_OVER: usize = 8;
 /// Attempts to start the interpreter before the worker gives up.
 const INTERPRETER_ATTEMPTS: u32 = 3;
 
@@ -137,7 +139,8 @@ impl Driver {
             return;
         }
         // whose inputs are in a runner that has no room may be passed over
-        let passed_over = if self.shared.store.has_live() { wanted } else { 0 };
+        let passed_over =
+            if self.shared.store.has_live() { PASSED_OVER * self.state.config().nthreads } else { 0 };
         for key in self.state.peek_ready(wanted + passed_over) {
             if self.ahead.len() >= wanted {
                 return;

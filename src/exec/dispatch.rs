@@ -216,10 +216,11 @@ impl State {
             job.bring_together();
             return Err(job);
         };
-        let attempt = Attempt { crashes: 0, job: Arc::new(job) };
+        let queued = runner.queue.len();
+        let attempt = self.recall_crashes(Attempt { crashes: 0, job: Arc::new(job) });
         match self.idle.last() {
             // brief jobs that the state machine has started keep each other company: there is enough for another runner
-            Some(_) if attempt.job.brief && runner.queue.len() >= COMPANY_MAX => {
+            Some(_) if attempt.job.brief && queued >= COMPANY_MAX => {
                 let (key, run_id) = (attempt.job.key.clone(), attempt.job.run_id);
                 let idle = self.idle.pop().unwrap_or(id);
                 self.hand_over(shared, idle, attempt, false);
