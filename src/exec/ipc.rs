@@ -545,7 +545,7 @@ impl Items {
 
     fn uint(&mut self) -> Option<u64> {
         match self.0.next()? {
-            Value::Int(n) => n.try_into().ok(),
+            Value::Int(n) => n.get().try_into().ok(),
             _ => None,
         }
     }

@@ -53,6 +53,8 @@ pub struct Reader {
     ahead: BytesMut,
     /// The frame being read straight into its place, and its length.
     large: Option<(Vec<u8>, usize)>,
+    /// It is a busy stream, which keeps its buffer between messages.
+    busy: bool,
     failed: bool,
 }
 
@@ -166,8 +168,9 @@ impl Connection {
         self.reader.shared.agreed.compression
     }
 
-    /// Two halves for two tasks. The connection ends when both are dropped.
-    pub fn into_split(self) -> (Reader, Writer) {
+    /// Two halves for two tasks of a stream. The connection ends when both are dropped.
+    pub fn into_split(mut self) -> (Reader, Writer) {
+        self.reader.busy = true;
         (self.reader, self.writer)
     }
 
@@ -235,6 +238,7 @@ async fn greet(
         deframer: Deframer::new(GREETING_LIMITS),
         ahead: BytesMut::new(),
         large: None,
+        busy: false,
         failed: false,
     };
     writer.write(&ours.to_value()).await?;
@@ -339,9 +343,12 @@ impl Reader {
         Error::Lost { peer: self.shared.peer.clone(), source }
     }
 
-    /// Reads what is there. Holds a buffer only while something is: most connections are idle most of the time.
+    /// Reads what is there. Holds a buffer only while something is, unless it is a busy stream: most connections are
+    /// idle most of the time.
     async fn read_ahead(&mut self) -> Result<(), Error> {
-        self.ahead = BytesMut::new();
+        if !self.busy {
+            self.ahead = BytesMut::new();
+        }
         self.io.readable().await.map_err(|source| self.lost(source))?;
         self.ahead.reserve(READ_AHEAD);
         // unlike `try_read_buf` it takes a short read for the end of what is there, and does not ask once more

@@ -67,7 +67,7 @@ fn is_true(value: &Value) -> bool {
     match value {
         Value::Nil => false,
         Value::Bool(b) => *b,
-        Value::Int(i) => *i != 0,
+        Value::Int(i) => i.get() != 0,
         Value::Float(f) => *f != 0.0,
         Value::Str(s) => !s.is_empty(),
         Value::Bytes(b) => !b.is_empty(),

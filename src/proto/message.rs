@@ -215,12 +215,12 @@ mod tests {
     fn compute_task() -> Value {
         Value::map([
             ("op", "compute-task".into()),
-            ("key", Value::List(vec!["x".into(), Value::Int(1)])),
-            ("run_id", Value::Int(7)),
-            ("priority", Value::List(vec![Value::Int(0), Value::Int(-1), Value::Float(2.5)])),
+            ("key", Value::List(vec!["x".into(), Value::from(1)])),
+            ("run_id", Value::from(7)),
+            ("priority", Value::List(vec![Value::from(0), Value::from(-1), Value::Float(2.5)])),
             ("stimulus_id", "s-1".into()),
             ("who_has", Value::Map(vec![("d".into(), Value::List(vec!["tcp://h:1".into()]))])),
-            ("nbytes", Value::Map(vec![("d".into(), Value::Int(-1))])),
+            ("nbytes", Value::Map(vec![("d".into(), Value::from(-1))])),
             ("run_spec", payload().into()),
             ("resource_restrictions", Value::Nil),
             ("actor", false.into()),
@@ -259,14 +259,14 @@ mod tests {
             ("key", Value::Nil),
             ("key", Value::List(vec![Value::Map(vec![])])),
             ("run_id", "1".into()),
-            ("run_id", Value::Int(1 << 64)),
-            ("priority", Value::Int(1)),
+            ("run_id", Value::from(1_i128 << 64)),
+            ("priority", Value::from(1)),
             ("priority", Value::List(vec!["high".into()])),
             ("who_has", Value::List(vec![])),
             ("who_has", Value::Map(vec![("d".into(), Value::List(vec!["nowhere".into()]))])),
             ("nbytes", Value::Map(vec![("d".into(), "many".into())])),
-            ("run_spec", Value::Int(1)),
-            ("resource_restrictions", Value::Map(vec![(Value::Int(1), Value::Int(1))])),
+            ("run_spec", Value::from(1)),
+            ("resource_restrictions", Value::Map(vec![(Value::from(1), Value::from(1))])),
         ];
         for (field, value) in bad {
             let error = Stimulus::parse(set(compute_task(), field, Some(value.clone()))).unwrap_err();
@@ -298,7 +298,7 @@ mod tests {
     fn every_other_op_is_understood_or_kept() {
         let keys = Value::Set(vec!["a".into(), "b".into()]);
         let who_has = Value::Map(vec![("a".into(), Value::List(vec![]))]);
-        let nbytes = Value::Map(vec![("a".into(), Value::Int(5))]);
+        let nbytes = Value::Map(vec![("a".into(), Value::from(5))]);
         let message = |op: &str, fields: &[(&str, &Value)]| {
             let fields = fields.iter().map(|(k, v)| (*k, (*v).clone()));
             Stimulus::parse(Value::map(fields.chain([("op", Value::from(op))])))
@@ -331,10 +331,10 @@ mod tests {
                 assert!(op.ends_with("request") || op == "cancel-compute" || error.is_err(), "{op}");
             }
         }
-        let other = Stimulus::parse(Value::map([("op", "plugin-op".into()), ("x", Value::Int(1))])).unwrap();
+        let other = Stimulus::parse(Value::map([("op", "plugin-op".into()), ("x", Value::from(1))])).unwrap();
         let StreamMessage::Unknown { op, message } = other.message else { panic!() };
-        assert_eq!((&*op, message.field("x")), ("plugin-op", Some(&Value::Int(1))));
-        for value in [Value::Nil, Value::map([]), Value::map([("op", Value::Int(1))]), Value::from("op")] {
+        assert_eq!((&*op, message.field("x")), ("plugin-op", Some(&Value::from(1))));
+        for value in [Value::Nil, Value::map([]), Value::map([("op", Value::from(1))]), Value::from("op")] {
             assert_eq!(Stimulus::parse(value).unwrap_err(), MessageError::NoOp);
         }
     }

@@ -75,7 +75,7 @@ fn number(name: &Key, value: f64) -> Value {
         _ => None,
     };
     let whole = matches!(unit, Some(Key::Str(unit)) if matches!(&**unit, "bytes" | "count"));
-    if whole && value.fract() == 0.0 { Value::Int(value as i128) } else { Value::Float(value) }
+    if whole && value.fract() == 0.0 { Value::from(value as i128) } else { Value::Float(value) }
 }
 
 /// The name of a digest: a string, or a tuple of strings.
@@ -277,7 +277,7 @@ mod tests {
         digests.add("latency", 0.5);
         let totals = digests.totals();
         assert_eq!(entry(&totals, &tuple(&["execute", "inc", "thread-cpu", "seconds"])), &Value::Float(7.0));
-        assert_eq!(entry(&totals, &tuple(&["get-data", "memory-read", "bytes"])), &Value::Int(3));
+        assert_eq!(entry(&totals, &tuple(&["get-data", "memory-read", "bytes"])), &Value::from(3));
         assert_eq!(entry(&totals, &"latency".into()), &Value::Float(0.5));
         let spans = digests.by_span();
         assert_eq!(spans.as_map().unwrap().len(), 2);

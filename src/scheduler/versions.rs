@@ -324,7 +324,7 @@ mod tests {
                 items.iter().map(|(k, v)| (k.as_str().unwrap().to_owned(), as_json(v))).collect()
             }
             Value::Str(s) => (**s).into(),
-            Value::Int(i) => (*i as i64).into(),
+            Value::Int(i) => (i.get() as i64).into(),
             Value::Nil => serde_json::Value::Null,
             other => unreachable!("{other:?}"),
         }

@@ -94,8 +94,10 @@ impl Payloads for Frames {
             let name = marker(kind);
             let index = items.iter().find(|(key, _)| key.as_str() == Some(name)).map(|(_, index)| index);
             // Dask takes 0 for "no such marker"
-            if let Some(Value::Int(index @ 1..)) = index {
-                return self.payload(kind, *index).map(|p| Some(p.into()));
+            if let Some(Value::Int(index)) = index
+                && index.get() > 0
+            {
+                return self.payload(kind, index.get()).map(|p| Some(p.into()));
             }
         }
         Ok(None)
@@ -145,11 +147,11 @@ mod tests {
     fn message() -> Value {
         Value::List(vec![Value::map([
             ("op", "compute-task".into()),
-            ("key", Value::List(vec!["x".into(), Value::Int(1), Value::Float(0.5)])),
+            ("key", Value::List(vec!["x".into(), Value::from(1), Value::Float(0.5)])),
             ("run_spec", payload::to_pickle(b"pickle", vec![Bytes::from(vec![7; 100_000])]).into()),
             ("exception", payload::Exception::builtin("RuntimeError", "no").payload().into()),
-            ("keys", Value::Set(vec![Value::Int(-1), Value::Nil])),
-            ("n", Value::Int(u64::MAX.into())),
+            ("keys", Value::Set(vec![Value::from(-1), Value::Nil])),
+            ("n", Value::from(u64::MAX)),
         ])])
     }
 

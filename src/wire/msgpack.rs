@@ -229,7 +229,7 @@ impl<'a, P: Payloads> Decoder<'a, P> {
         Ok(match self.reader.token()? {
             Token::Nil => Value::Nil,
             Token::Bool(b) => Value::Bool(b),
-            Token::Int(i) => Value::Int(i),
+            Token::Int(i) => Value::from(i),
             Token::Float(f) => Value::Float(f),
             Token::Str(len) => {
                 let offset = self.reader.offset();
@@ -384,7 +384,7 @@ pub(super) fn encode_with(
         Value::Bool(b) => {
             let Ok(()) = encode::write_bool(out, *b);
         }
-        Value::Int(i) => write_int(*i, out)?,
+        Value::Int(i) => write_int(i.get(), out)?,
         Value::Float(f) => {
             let Ok(()) = encode::write_f64(out, *f);
         }

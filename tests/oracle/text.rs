@@ -61,7 +61,7 @@ fn to_json(value: &Value) -> Json {
     match value {
         Value::Nil => Json::Null,
         Value::Bool(b) => (*b).into(),
-        Value::Int(i) => i64::try_from(*i).unwrap().into(),
+        Value::Int(i) => i64::try_from(i.get()).unwrap().into(),
         Value::Float(f) => (*f).into(),
         Value::Str(s) => (&**s).into(),
         Value::List(items) => items.iter().map(to_json).collect(),

@@ -138,15 +138,15 @@ fn a_batch_of_tasks_keeps_keys_priorities_and_dependencies() {
 #[test]
 fn plain_values_have_their_python_types() {
     let Value::List(ints) = capture("value-ints") else { panic!() };
-    assert_eq!(ints[11], Value::Int(u64::MAX.into()));
-    assert_eq!(ints.last(), Some(&Value::Int(i64::MIN.into())));
+    assert_eq!(ints[11], Value::from(u64::MAX));
+    assert_eq!(ints.last(), Some(&Value::from(i64::MIN)));
     let sets = capture("value-sets");
-    assert_eq!(sets.field("set"), Some(&Value::Set(vec![Value::Int(1)])));
+    assert_eq!(sets.field("set"), Some(&Value::Set(vec![Value::from(1)])));
     assert_eq!(sets.field("empty"), Some(&Value::Set(vec![])));
     let Value::Map(keys) = capture("value-keys") else { panic!() };
-    let nested = Value::List(vec![Value::from("m"), Value::List(vec![Value::Int(0), Value::Int(1)])]);
+    let nested = Value::List(vec![Value::from("m"), Value::List(vec![Value::from(0), Value::from(1)])]);
     assert_eq!(keys[4], (Value::List(vec!["n".into(), nested]), Value::Bool(true)));
-    assert_eq!(keys[1], (Value::Bytes("raw".into()), Value::Int(2)));
+    assert_eq!(keys[1], (Value::Bytes("raw".into()), Value::from(2)));
     // an enum member stays the map that becomes one again in Python
     let status = capture("value-enum");
     let member = status.field("status").unwrap();

@@ -126,7 +126,7 @@ fn values_follow_each_other_in_one_buffer() {
     let bytes = Bytes::from_static(b"\x01\x92\xa1a\xc4\x01b\xc0");
     let mut at = 0;
     let limits = Limits::default();
-    assert_eq!(msgpack::decode_at(&bytes, &mut at, &limits).unwrap(), Value::Int(1));
+    assert_eq!(msgpack::decode_at(&bytes, &mut at, &limits).unwrap(), Value::from(1));
     let pair = msgpack::decode_at(&bytes, &mut at, &limits).unwrap();
     assert_eq!((pair, at), (Value::List(vec!["a".into(), Value::Bytes("b".into())]), 7));
     assert_eq!(msgpack::decode_at(&bytes, &mut at, &limits).unwrap(), Value::Nil);
@@ -142,7 +142,7 @@ fn values_follow_each_other_in_one_buffer() {
 fn what_msgpack_cannot_hold_is_refused() {
     let mut out = BytesMut::new();
     for value in [1i128 << 64, i128::from(i64::MIN) - 1] {
-        assert!(matches!(msgpack::encode(&Value::Int(value), &mut out), Err(Error::Integer { .. })));
+        assert!(matches!(msgpack::encode(&Value::from(value), &mut out), Err(Error::Integer { .. })));
     }
     let payload = iqoqo_dask_worker::wire::payload::bytes_object(Bytes::new());
     assert!(matches!(msgpack::encode(&payload.into(), &mut out), Err(Error::Payload)));
@@ -189,7 +189,7 @@ fn malformed_payload_headers_are_refused() {
         with_header(&count(2.into()), &[b"a"], &limits),
         Err(Error::FrameIndex { index: 3, frames: 3 })
     ));
-    for n in [Value::Int(-1), Value::Nil, "1".into()] {
+    for n in [Value::from(-1), Value::Nil, "1".into()] {
         let error = with_header(&count(n), &[b"a"], &limits).unwrap_err();
         assert!(matches!(error, Error::Header { field: "num-sub-frames" }));
     }
@@ -201,7 +201,7 @@ fn malformed_payload_headers_are_refused() {
         with_header(&compressed(short), &[b"a"], &limits),
         Err(Error::Header { field: "compression" })
     ));
-    for list in [Value::Int(1), Value::List(vec![Value::Int(1)])] {
+    for list in [Value::from(1), Value::List(vec![Value::from(1)])] {
         assert!(matches!(with_header(&compressed(list), &[b"a"], &limits), Err(Error::Header { .. })));
     }
     let unknown = Value::List(vec!["blosc".into()]);

@@ -188,7 +188,7 @@ fn objects_made_here_are_opened_by_python() {
     ]);
     for compression in ALL {
         let request = Value::map([("do", "echo".into()), ("value", sent.clone())]);
-        let pair = Value::List(vec![Value::Int(1), Value::Int(2)]);
+        let pair = Value::List(vec![Value::from(1), Value::from(2)]);
         let opened = Value::List(vec![Value::Bytes(data.clone()), pair.clone(), pair]);
         assert_eq!(peer.ask(&request, compression).field("value"), Some(&opened), "{compression}");
     }
