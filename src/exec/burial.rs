@@ -55,6 +55,8 @@ impl Shared {
         runner.finish_output(self);
         self.buried.notify_waiters();
         if state.stopping {
+            // whoever waits for a result to be published must hear that it will not be
+            runner.home.lose();
             return;
         }
         let (ended, peak) = runner.exit.take().unwrap_or((Cause::ZygoteLost, 0));

@@ -4,10 +4,11 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, Bytes, BytesMut};
+use nix::sys::socket::{Shutdown, shutdown};
 use smallvec::SmallVec;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -90,7 +91,11 @@ impl Link {
                     guard.clear_ready();
                 }
             }
-            Err(error) => tracing::error!(%error, "messages to a child are lost"),
+            Err(error) => {
+                tracing::error!(%error, "a child cannot be reached any more");
+                // it finds its connection closed, and what it had goes to others
+                let _ = shutdown(self.0.fd.get_ref().as_raw_fd(), Shutdown::Both);
+            }
         }
     }
 }

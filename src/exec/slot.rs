@@ -181,9 +181,10 @@ impl Runner {
         self.next_seq - 1
     }
 
-    /// Whether it has only brief jobs, some of them behind others, so that results may be kept back.
+    /// Whether a brief job is behind another one, so that it may be held up, or the other's result kept for it.
     pub(super) fn has_company(&self) -> bool {
-        self.queue.len() > 1 && self.queue.iter().take(2).all(|queued| queued.attempt.job.brief)
+        let brief = |queued: &Queued| queued.attempt.job.brief;
+        self.queue.iter().zip(self.queue.iter().skip(1)).any(|(first, second)| brief(first) && brief(second))
     }
 
     /// Jobs behind the current one.

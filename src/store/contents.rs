@@ -203,6 +203,13 @@ impl Contents {
         Contents { thresholds, ..Contents::default() }
     }
 
+    /// Nothing, with clock and totals going on: a file that is being written must not be taken for a later result's.
+    pub(super) fn cleared(&self) -> Self {
+        let Usage { memory_read, disk_read, disk_write, .. } = self.usage;
+        let usage = Usage { memory_read, disk_read, disk_write, ..Usage::default() };
+        Contents { usage, clock: self.clock, ..Contents::new(self.thresholds) }
+    }
+
     pub(super) fn usage(&self) -> Usage {
         self.usage
     }
@@ -231,10 +238,6 @@ impl Contents {
 
     pub(super) fn keys(&self) -> impl Iterator<Item = &Key> {
         self.entries.keys()
-    }
-
-    pub(super) fn thresholds(&self) -> Option<Thresholds> {
-        self.thresholds
     }
 
     fn tick(&mut self) -> u64 {
@@ -373,11 +376,11 @@ impl Contents {
         possible
     }
 
-    /// Forgets that the disk was full, or refused something some time ago.
+    /// Forgets that the disk refused something, if that was some time ago. Where all room is taken, it stays so until a
+    /// file goes.
     fn try_again(&mut self) {
-        match self.refused {
-            Some(Refused::Failed(then)) if then.elapsed() < RETRY => {}
-            _ => self.refused = None,
+        if matches!(self.refused, Some(Refused::Failed(then)) if then.elapsed() >= RETRY) {
+            self.refused = None;
         }
     }
 

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::spawn_blocking;
 
@@ -105,7 +106,17 @@ pub enum Error {
 impl Error {
     /// Whether it is the file's fault, and no other try will help.
     fn is_loss(&self) -> bool {
-        matches!(self, Error::Read { .. } | Error::Damaged { .. })
+        match self {
+            Error::Damaged { .. } => true,
+            Error::Read { source, .. } => {
+                let code = source.raw_os_error().map(Errno::from_raw);
+                !matches!(
+                    code,
+                    Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EINTR | Errno::EAGAIN)
+                )
+            }
+            _ => false,
+        }
     }
 }
 
@@ -375,7 +386,7 @@ impl Store {
     pub fn clear(&self) {
         self.0.lives.clear();
         let mut contents = self.lock();
-        let empty = Contents::new(contents.thresholds());
+        let empty = contents.cleared();
         let old = std::mem::replace(&mut *contents, empty);
         drop(contents);
         drop(old);
@@ -679,8 +690,11 @@ mod tests {
         spilling.until(|store| store.usage().spilled.count == 1).await;
         assert!(matches!(store.find(&"b".into()), Lookup::OnDisk));
         assert!(store.load(&"nobody".into()).await.unwrap().is_none());
+        let Usage { memory_read, disk_read, disk_write, .. } = store.usage();
         store.clear();
-        assert_eq!((store.usage(), store.keys().len()), (Usage::default(), 0));
+        // totals count from the start of the process
+        let cleared = Usage { memory_read, disk_read, disk_write, ..Usage::default() };
+        assert_eq!((store.usage(), store.keys().len(), disk_read.count), (cleared, 0, 1));
     }
 
     #[tokio::test]

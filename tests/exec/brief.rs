@@ -63,6 +63,32 @@ async fn a_result_does_not_wait_for_a_task_that_is_not_brief() {
 }
 
 #[tokio::test]
+async fn a_result_does_not_wait_either_when_the_tasks_came_behind_a_long_one() {
+    let mut fixture = Fixture::new(1);
+    let (first, second) = (Gate::new(), Gate::new());
+    fixture.pool.submit(job("long", &first.code("return 0")));
+    first.entered().await;
+    for job in [brief("quick", NOTHING), brief("slow", &second.code("return 0"))] {
+        fixture.pool.prefetch(job).unwrap();
+    }
+    fixture.pool.flush();
+    first.open();
+    second.entered().await;
+    let mut finished = Vec::new();
+    while finished.len() < 2 {
+        match fixture.next().await {
+            Event::Finished(done) => finished.push(done.key),
+            Event::Started { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(finished, ["long".into(), "quick".into()]);
+    second.open();
+    while !matches!(fixture.next().await, Event::Finished(done) if done.key == "slow".into()) {}
+    fixture.pool.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_crash_costs_the_results_that_waited_for_it_nothing_but_time() {
     let mut fixture = Fixture::with(Config { attempts: 1, ..config(1) });
     fixture.run(NOTHING).await;

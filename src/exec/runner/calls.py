@@ -34,9 +34,15 @@ def bundle(value: Any, fds: tuple[int, ...] = ()) -> tuple[bytes, list[int]]:
     return msgpack.packb((header, placed)), [*fds, fd]
 
 
-def unbundle(body: bytes, descriptors: Descriptors) -> Any:
+def views(body: bytes, descriptors: Descriptors) -> tuple[bytes, list[Any]]:
+    """A pickle and its buffers, which outlive the descriptors."""
     header, placed = channel.unpack(body)
-    return pickle.loads(header, buffers=[f if type(f) is bytes else descriptors.view(*f) for f in placed])
+    return header, [f if type(f) is bytes else descriptors.view(*f) for f in placed]
+
+
+def unbundle(body: bytes, descriptors: Descriptors) -> Any:
+    header, buffers = views(body, descriptors)
+    return pickle.loads(header, buffers=buffers)
 
 
 def failure(error: BaseException) -> tuple[bool, Any, Any]:

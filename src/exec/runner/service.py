@@ -118,9 +118,9 @@ class Service:
             self._spawn(self._request(request, target, open_frames(frames, descriptors)))
         elif tag == channel.CALL:
             _, request, body = message
-            self._spawn(self._call(request, *calls.unbundle(body, descriptors)))
+            self._spawn(self._call(request, *calls.views(body, descriptors)))
         elif tag == channel.STREAM:
-            self._spawn(self._stream(loads(open_frames(message[1], descriptors))))
+            self._spawn(self._stream(open_frames(message[1], descriptors)))
         elif tag == channel.TRANSITIONS:
             self._transitions(message[1])
         elif tag == channel.BEAT:
@@ -275,11 +275,13 @@ class Service:
                 except Exception:
                     logger.info("Plugin '%s' failed with exception", name, exc_info=True)
 
-    async def _stream(self, message: dict[str, Any]) -> None:
+    async def _stream(self, frames: list[Any]) -> None:
         """A message of a stream: it has no answer."""
         await self._plugged()
-        op = message.pop("op")
+        op = None
         try:
+            message = loads(frames)
+            op = message.pop("op")
             result = self.worker.stream_handlers[op](**message)
             if inspect.isawaitable(result):
                 await result
@@ -306,9 +308,10 @@ class Service:
         self._reply(request, frames)
         self._tell_what_is_held()
 
-    async def _call(self, request: int, op: str, args: tuple[Any, ...]) -> None:
+    async def _call(self, request: int, header: bytes, buffers: list[Any]) -> None:
         await self._plugged()
         try:
+            op, args = pickle.loads(header, buffers=buffers)
             body, fds = await self._calls[op](*args)
         except Exception as error:
             body, fds = calls.bundle(calls.failure(error))

@@ -134,7 +134,7 @@ class Runner:
     # one task
 
     def _run(self, message: tuple[Any, ...], fds: list[int]) -> None:
-        _, seq, key, spec, buffers, inputs, annotations, _ = message
+        _, seq, key, spec, buffers, inputs, annotations, brief = message
         mailbox = self.mailbox
         # first say that it starts, then look whether it was revoked: the daemon does it the other way round
         mailbox[0] = seq
@@ -156,9 +156,9 @@ class Runner:
             report = channel.SKIPPED, []
         self.key = None
         flush()
-        self._send(seq, *report)
+        self._send(brief, seq, *report)
 
-    def _send(self, seq: int, tag: int, objects: list[Any], *rest: Any) -> None:
+    def _send(self, brief: bool, seq: int, tag: int, objects: list[Any], *rest: Any) -> None:
         """Sends what became of a task; each object is (header, frames) or None."""
         fds: list[int] = []
         try:
@@ -174,7 +174,7 @@ class Runner:
                 tag, objects, *rest = self._failure(error, None, None)
                 shared = [o and self._share(o, fds, None) for o in objects]
             report = (tag, seq, *shared, *rest)
-            if fds or self.held == HELD_MAX or not self.data.next_is_brief():
+            if fds or not brief or self.held == HELD_MAX or not self.data.next_is_brief():
                 self.data.send(report, fds)
                 self.held = 0
             else:
@@ -331,7 +331,8 @@ class Runner:
         fds: list[int] = []
         try:
             shared = self._share(channel.dump(kept[0]), fds, None)
-        except Exception:
+        except BaseException:
+            # whatever a user's type raises: the control thread must live on
             logger.exception("A result could not be published")
             shared = None
         with Descriptors(fds):
@@ -344,7 +345,7 @@ class Runner:
     # the control thread
 
     def _control(self) -> None:
-        with contextlib.suppress(Closed, OSError):
+        try:
             while True:
                 message, fds = self.control.receive()
                 if message[0] == channel.RETURN:
@@ -364,8 +365,14 @@ class Runner:
                 elif message[0] == channel.INTERRUPT:
                     self.interrupted = message[1]
                     signal.pthread_kill(self.main_thread, INTERRUPT_SIGNAL)
-        # the daemon is gone: nobody is left to whom a result, or a subprocess of the task, could matter
-        os.killpg(os.getpgrp(), signal.SIGKILL)
+        except Closed:
+            pass
+        except BaseException:
+            logger.exception("A runner's control thread failed")
+        finally:
+            # the daemon is gone, or cannot reach this process any more: nobody is left to whom a result, or a
+            # subprocess of the task, could matter
+            os.killpg(os.getpgrp(), signal.SIGKILL)
 
     def _stacks(self) -> list[tuple[Any, list[str]]]:
         key = self.key
