@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import operator
 import os
 import threading
@@ -220,7 +221,12 @@ def test_released_actors_are_gone(client, cluster):
     def forgotten(dask_scheduler):
         return key not in dask_scheduler.tasks
 
-    eventually(lambda: client.run_on_scheduler(forgotten))
+    def released():
+        # the client tells the scheduler when Python has collected the future, which may be in a cycle
+        gc.collect()
+        return client.run_on_scheduler(forgotten)
+
+    eventually(released)
     if cluster.ours:
         eventually(lambda: not os.path.exists(f"/proc/{pid}"))
 
